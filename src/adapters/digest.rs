@@ -1,0 +1,39 @@
+//! An adapter's identity: a hash of exactly what decides its part of the forward pass.
+
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+
+use super::{
+    AdapterError, LoraModule,
+    site::{Matrix, tensor_name},
+};
+use crate::model::Site;
+use crate::publish::sha256_hex;
+
+/// SHA-256 over the hashes of every tensor in the order of names, each over name, shape, scale and
+/// f32 bytes. Neither the dtype in the file nor fields that only describe enter it.
+pub(super) fn digest(modules: &BTreeMap<Site, LoraModule>) -> Result<String, AdapterError> {
+    let mut hashes = BTreeMap::new();
+    for (site, module) in modules {
+        for (matrix, tensor) in [(Matrix::A, &module.a), (Matrix::B, &module.b)] {
+            let name = tensor_name(*site, matrix);
+            let shape = format!("{:?}", tensor.dims());
+            // The name's length first, so that no two tensors give one byte string.
+            let length = (name.len() as u64).to_le_bytes();
+            let scale = module.scale.to_le_bytes();
+            let data = f32_bytes(tensor)?;
+            let parts = [length.as_slice(), name.as_bytes(), shape.as_bytes(), &scale, &data];
+            let hash = sha256_hex(&parts);
+            hashes.insert(name, hash);
+        }
+    }
+    let hashes: Vec<&[u8]> = hashes.values().map(String::as_bytes).collect();
+    Ok(sha256_hex(&hashes))
+}
+
+/// The elements of an f32 tensor in row-major order, little-endian.
+pub(super) fn f32_bytes(tensor: &Tensor) -> Result<Vec<u8>, AdapterError> {
+    let values = tensor.flatten_all()?.to_vec1::<f32>()?;
+    Ok(values.iter().flat_map(|value| value.to_le_bytes()).collect())
+}

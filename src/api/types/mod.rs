@@ -1,0 +1,5 @@
+//! The JSON of OpenAI's interface, as plain serde structs. What is valid is decided elsewhere.
+
+pub(crate) mod adapters;
+pub(crate) mod chat;
+pub(crate) mod models;

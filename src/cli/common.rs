@@ -1,0 +1,49 @@
+//! What several commands share: finding a model folder and loading its parts.
+
+use std::{path::PathBuf, sync::Arc};
+
+use anyhow::Context;
+
+use super::pull::PullDisplay;
+use crate::hub;
+use crate::model::{Decoder, WeightMode};
+use crate::text::{ChatTemplate, Tokenizer};
+
+/// A model folder's parts, loaded.
+pub(super) struct LoadedModel {
+    pub(super) dir: PathBuf,
+    pub(super) decoder: Decoder,
+    pub(super) tokenizer: Arc<Tokenizer>,
+    pub(super) template: Arc<ChatTemplate>,
+}
+
+impl LoadedModel {
+    /// Tokens that end an answer: the model's end-of-sequence ids and the tokenizer's own.
+    pub(super) fn stop_token_ids(&self) -> Vec<u32> {
+        let mut ids = self.decoder.config().eos_token_ids.clone();
+        let eos = self.tokenizer.eos_token().and_then(|token| self.tokenizer.token_to_id(token));
+        ids.extend(eos.filter(|id| !ids.contains(id)));
+        ids
+    }
+}
+
+/// `M` of every command: a local folder, or `owner/name[@revision]` on the Hub, which is downloaded
+/// where the Hub's cache does not have it yet.
+pub(super) fn resolve_model(model: &str) -> anyhow::Result<PathBuf> {
+    let display = PullDisplay::new(model);
+    let resolved = hub::resolve(model, display.observer());
+    display.finish();
+    Ok(resolved?)
+}
+
+/// Loads decoder, tokenizer and template of `model`.
+pub(super) fn load_model(model: &str, mode: WeightMode) -> anyhow::Result<LoadedModel> {
+    let dir = resolve_model(model)?;
+    let context = || format!("loading {}", dir.display());
+    Ok(LoadedModel {
+        decoder: Decoder::load(&dir, mode).with_context(context)?,
+        tokenizer: Arc::new(Tokenizer::from_dir(&dir).with_context(context)?),
+        template: Arc::new(ChatTemplate::from_dir(&dir).with_context(context)?),
+        dir,
+    })
+}

@@ -1,0 +1,73 @@
+//! FLOOR 7. One file per command: flags -> a plain config struct -> one library call -> output.
+#![allow(clippy::print_stdout)]
+
+mod bundle;
+mod chat;
+mod check;
+mod common;
+mod config;
+mod demo;
+mod eval;
+mod health;
+mod merge;
+mod progress;
+mod pull;
+pub mod serve;
+mod settings;
+mod stop_signal;
+mod train;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::kernels;
+use crate::telemetry;
+
+#[derive(Parser)]
+#[command(name = "tunesmith", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// One line per command: a variant here, a file beside this one, an arm in `main`.
+#[derive(Subcommand)]
+enum Command {
+    Demo(demo::DemoArgs),
+    Train(Box<train::TrainArgs>),
+    Eval(Box<eval::EvalArgs>),
+    /// Serve a model and its adapters through OpenAI's HTTP interface
+    Serve(Box<serve::ServeArgs>),
+    Merge(merge::MergeArgs),
+    Chat(chat::ChatArgs),
+    Check(check::CheckArgs),
+    Pull(pull::PullArgs),
+    Health(health::HealthArgs),
+    /// Write the sources of the bundled tiny base model and the demo's dataset
+    #[command(hide = true)]
+    Bundle(bundle::Args),
+}
+
+/// Parses the command line and runs the command; returns the process's exit code.
+pub fn main() -> ExitCode {
+    kernels::claim_threads();
+    let cli = Cli::parse();
+    telemetry::init_tracing();
+    let result: anyhow::Result<ExitCode> = match cli.command {
+        Command::Demo(args) => demo::run(&args),
+        Command::Train(args) => train::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Serve(args) => serve::run(*args),
+        Command::Merge(args) => merge::run(&args),
+        Command::Chat(args) => chat::run(&args),
+        Command::Check(args) => check::run(&args),
+        Command::Pull(args) => pull::run(&args),
+        Command::Health(args) => health::run(&args),
+        Command::Bundle(args) => bundle::run(&args),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}

@@ -1,0 +1,125 @@
+//! What a training run looks like: a bar on a terminal, plain lines elsewhere.
+
+use std::{
+    io::IsTerminal,
+    time::{Duration, Instant},
+};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::train::TrainEvent;
+
+/// Plain lines come at most this often.
+const LINE_INTERVAL: Duration = Duration::from_secs(10);
+/// Steps over which the speed is averaged, about.
+const SPEED_MEMORY: f64 = 20.0;
+
+/// Shows a run's events.
+pub(super) struct Progress {
+    /// The bar; `None` where nobody looks at a terminal.
+    bar: Option<ProgressBar>,
+    total_steps: usize,
+    /// Running means of a step's tokens and seconds.
+    speed: Option<(f64, f64)>,
+    last_line: Option<Instant>,
+}
+
+impl Progress {
+    /// A bar if the standard error stream is a terminal.
+    pub(super) fn new() -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let template = "{bar:30.blue/white} {pos}/{len} {msg}";
+            let style = ProgressStyle::with_template(template);
+            ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+        });
+        Self { bar, total_steps: 0, speed: None, last_line: None }
+    }
+
+    /// Shows one event.
+    pub(super) fn show(&mut self, event: &TrainEvent) {
+        match event {
+            TrainEvent::Started { step, total_steps, num_trained_parameters, .. } => {
+                self.total_steps = *total_steps;
+                if let Some(bar) = &self.bar {
+                    bar.set_length(*total_steps as u64);
+                    bar.set_position(*step as u64);
+                }
+                let begin = if *step == 0 { "training" } else { "continuing after step" };
+                let after = if *step == 0 { String::new() } else { format!(" {step}") };
+                self.say(&format!(
+                    "{begin}{after}: {total_steps} steps, {num_trained_parameters} parameters"
+                ));
+            }
+            TrainEvent::Step { .. } => self.show_step(event),
+            TrainEvent::Validated { step, loss, perplexity, token_accuracy, .. } => {
+                self.say(&format!(
+                    "step {step}: valid loss {loss:.4}, perplexity {perplexity:.2}, accuracy {:.1} %",
+                    token_accuracy * 100.0
+                ));
+            }
+            TrainEvent::Warning { message } => self.say(&format!("warning: {message}")),
+            TrainEvent::Checkpointed { .. } | TrainEvent::Published { .. } => {}
+        }
+    }
+
+    /// Removes the bar.
+    pub(super) fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+
+    fn show_step(&mut self, event: &TrainEvent) {
+        let TrainEvent::Step {
+            step,
+            epoch,
+            loss,
+            token_accuracy,
+            learning_rate,
+            grad_norm,
+            num_tokens,
+            seconds,
+            ..
+        } = event
+        else {
+            return;
+        };
+        let (tokens, duration) = self.average(*num_tokens as f64, *seconds);
+        let left = Duration::from_secs_f64(duration * (self.total_steps - step) as f64);
+        let speed = tokens / duration.max(1e-9);
+        let eta = indicatif::HumanDuration(left);
+        if let Some(bar) = &self.bar {
+            bar.set_position(*step as u64);
+            bar.set_message(format!("loss {loss:.4}  {speed:.0} tokens/s  {eta:#} left"));
+            return;
+        }
+        let due = self.last_line.is_none_or(|last| last.elapsed() >= LINE_INTERVAL);
+        if due || *step == self.total_steps {
+            self.last_line = Some(Instant::now());
+            let accuracy = token_accuracy * 100.0;
+            println!(
+                "step {step}/{}  epoch {epoch:.2}  loss {loss:.4}  accuracy {accuracy:.1} %  \
+                 lr {learning_rate:.2e}  grad {grad_norm:.3}  {speed:.0} tokens/s  {eta:#} left",
+                self.total_steps
+            );
+        }
+    }
+
+    /// Adds a step to the running means of tokens and seconds.
+    fn average(&mut self, tokens: f64, seconds: f64) -> (f64, f64) {
+        let follow = |mean: f64, value: f64| mean + (value - mean) / SPEED_MEMORY;
+        let speed = match self.speed {
+            None => (tokens, seconds),
+            Some((t, s)) => (follow(t, tokens), follow(s, seconds)),
+        };
+        self.speed = Some(speed);
+        speed
+    }
+
+    fn say(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(line),
+            None => println!("{line}"),
+        }
+    }
+}

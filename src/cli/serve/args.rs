@@ -1,0 +1,97 @@
+//! The settings of `tunesmith serve`.
+
+use std::{fmt, path::PathBuf};
+
+use clap::builder::BoolishValueParser;
+use serde::{Deserialize, Serialize};
+
+/// Settings of `tunesmith serve`. In a YAML file, the keys are the flags without their dashes.
+#[derive(Debug, Clone, Default, clap::Args, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct ServeArgs {
+    /// YAML file with any of these settings; environment and flags win over it
+    #[arg(long, env = "TUNESMITH_CONFIG", value_name = "FILE")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+    /// The base model: a folder in Hub layout, or owner/name[@revision]
+    #[arg(long, alias = "model-id", env = "TUNESMITH_MODEL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// What clients call the base model [default: the folder's name, or owner/name]
+    #[arg(long, env = "TUNESMITH_SERVED_MODEL_NAME", value_name = "NAME")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub served_model_name: Option<String>,
+    /// Address to listen on [default: 127.0.0.1]
+    #[arg(long, env = "TUNESMITH_HOST")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+    /// Port to listen on; 0 picks a free one [default: 8000]
+    #[arg(long, env = "TUNESMITH_PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
+    /// An adapter to serve from the start (repeatable)
+    #[arg(long, env = "TUNESMITH_ADAPTER", value_name = "NAME=DIR", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub adapter: Vec<String>,
+    /// Folder whose sub-folders are adapters, loaded when first asked for; lets clients load from it
+    #[arg(long, env = "TUNESMITH_ADAPTER_DIR", value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adapter_dir: Option<PathBuf>,
+    /// Further folder that clients may load adapters from (repeatable)
+    #[arg(long, env = "TUNESMITH_ADAPTER_ROOT", value_name = "DIR", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub adapter_root: Vec<PathBuf>,
+    /// Key that clients must send (repeatable)
+    #[arg(long, env = "TUNESMITH_API_KEY", value_name = "KEY", hide_env_values = true)]
+    #[arg(value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub api_key: Vec<String>,
+    /// File with one key per line
+    #[arg(long, env = "TUNESMITH_API_KEY_FILE", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_key_file: Option<PathBuf>,
+    /// Key for loading and unloading adapters (repeatable) [default: any key may]
+    #[arg(long, env = "TUNESMITH_ADMIN_KEY", value_name = "KEY", hide_env_values = true)]
+    #[arg(value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub admin_key: Vec<String>,
+    /// Serve other machines without any key
+    #[arg(long, env = "TUNESMITH_INSECURE_NO_AUTH", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "true", value_parser = BoolishValueParser::new())]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub insecure_no_auth: Option<bool>,
+    /// Requests that run at once [default: 16]
+    #[arg(long, env = "TUNESMITH_MAX_NUM_SEQS", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_num_seqs: Option<usize>,
+    /// Requests that may wait; beyond, clients get 429 [default: 256]
+    #[arg(long, env = "TUNESMITH_MAX_QUEUE", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_queue: Option<usize>,
+    /// Longest prompt and completion together, in tokens [default: what model and memory allow]
+    #[arg(long, env = "TUNESMITH_MAX_MODEL_LEN", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_model_len: Option<usize>,
+    /// Tokens of one forward pass [default: 512]
+    #[arg(long, env = "TUNESMITH_MAX_BATCH_TOKENS", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_batch_tokens: Option<usize>,
+    /// Memory for keys and values, as 512MiB or 2GiB [default: 1GiB]
+    #[arg(long, env = "TUNESMITH_KV_CACHE_MEMORY", value_name = "BYTES")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_cache_memory: Option<String>,
+    /// Seconds that running requests get to finish at shutdown [default: 30]
+    #[arg(long, env = "TUNESMITH_SHUTDOWN_TIMEOUT", value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shutdown_timeout: Option<u64>,
+}
+
+impl ServeArgs {
+    /// The settings as one line of JSON, without the keys.
+    pub(super) fn redacted(&self) -> impl fmt::Display {
+        let hide = |keys: &[String]| keys.iter().map(|_| "***".to_owned()).collect();
+        let shown =
+            Self { api_key: hide(&self.api_key), admin_key: hide(&self.admin_key), ..self.clone() };
+        serde_json::to_string(&shown).unwrap_or_default()
+    }
+}

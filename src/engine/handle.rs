@@ -1,0 +1,208 @@
+//! The door: checks a request, gives it a place and hands out its stream of events.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{
+            AtomicBool, AtomicUsize,
+            Ordering::{Acquire, Relaxed, Release},
+        },
+        mpsc,
+    },
+    thread,
+};
+
+use tokio::sync::mpsc as events;
+
+use super::{
+    EngineConfig, EngineError, EngineStats, GenerationEvent, GenerationRequest,
+    engine::{CachedDecoder, Engine, StepModel},
+    request::{Slot, Submission},
+};
+use crate::model::{Decoder, KvCache};
+
+/// The only way to the engine. Cloneable; dropping the last one ends the thread once the requests that
+/// it took have ended.
+#[derive(Clone)]
+pub struct EngineHandle(Arc<Door>);
+
+struct Door {
+    submissions: mpsc::Sender<Submission>,
+    /// Unfinished requests, waiting and running.
+    taken: Arc<AtomicUsize>,
+    is_draining: AtomicBool,
+    stats: Arc<EngineStats>,
+    config: EngineConfig,
+    vocab_size: usize,
+}
+
+/// Events of one request; dropping it cancels the request.
+pub struct GenerationStream {
+    events: events::Receiver<GenerationEvent>,
+    has_ended: bool,
+}
+
+/// Starts the engine thread. `max_model_len` is capped by what the model was made for.
+///
+/// ```
+/// use std::{path::Path, sync::Arc};
+/// use tunesmith::{
+///     engine::{EngineConfig, GenerationEvent, GenerationRequest, SamplingParams, spawn},
+///     model::{Decoder, WeightMode},
+/// };
+///
+/// let folder = Path::new("tests/fixtures/tiny-llama");
+/// let decoder = Arc::new(Decoder::load(folder, WeightMode::Frozen)?);
+/// let config = EngineConfig::for_model(decoder.config(), 4, 1 << 20);
+/// let engine = spawn(decoder, config)?;
+/// let mut stream = engine.generate(GenerationRequest {
+///     prompt: vec![1, 2, 3],
+///     adapter: None,
+///     sampling: SamplingParams::greedy(),
+///     max_tokens: 5,
+///     stop_token_ids: vec![],
+///     score_prompt: false,
+/// })?;
+/// let mut tokens = Vec::new();
+/// while let Some(event) = stream.blocking_next() {
+///     match event {
+///         GenerationEvent::Token { id } => tokens.push(id),
+///         GenerationEvent::Failed { message } => return Err(message.into()),
+///         GenerationEvent::PromptScores(_) | GenerationEvent::Finished { .. } => {}
+///     }
+/// }
+/// assert_eq!(tokens.len(), 5);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+/// [`EngineError::Start`] when the cache or the thread cannot be made.
+pub fn spawn(decoder: Arc<Decoder>, mut config: EngineConfig) -> Result<EngineHandle, EngineError> {
+    config.max_model_len = config.max_model_len.min(decoder.config().max_position_embeddings);
+    let config = config.at_least_one();
+    let vocab_size = decoder.config().vocab_size;
+    let cache = KvCache::new(decoder.config(), config.num_blocks, config.block_size)
+        .map_err(|error| EngineError::Start(error.to_string()))?;
+    start(CachedDecoder { decoder, cache }, vocab_size, config)
+}
+
+/// Starts the engine thread over any model.
+pub(super) fn start(
+    model: impl StepModel,
+    vocab_size: usize,
+    config: EngineConfig,
+) -> Result<EngineHandle, EngineError> {
+    let (sender, receiver) = mpsc::channel();
+    let stats = Arc::new(EngineStats::default());
+    stats.num_blocks.store(config.num_blocks, Relaxed);
+    let door = Door {
+        submissions: sender,
+        taken: Arc::default(),
+        is_draining: AtomicBool::new(false),
+        stats: Arc::clone(&stats),
+        config: config.clone(),
+        vocab_size,
+    };
+    // Built on its own thread: the block tables share their free list without a lock.
+    let run = move || Engine::new(model, &config, receiver, stats).run();
+    thread::Builder::new()
+        .name("engine".to_string())
+        .spawn(run)
+        .map_err(|error| EngineError::Start(error.to_string()))?;
+    Ok(EngineHandle(Arc::new(door)))
+}
+
+impl EngineHandle {
+    /// Takes a request; never blocks.
+    ///
+    /// # Errors
+    /// Every other [`EngineError`]: the request can never run, there is no place for it now, or the
+    /// engine takes none any more.
+    pub fn generate(&self, request: GenerationRequest) -> Result<GenerationStream, EngineError> {
+        if !self.is_healthy() {
+            return Err(EngineError::Stopped);
+        }
+        if self.0.is_draining.load(Acquire) {
+            return Err(EngineError::Draining);
+        }
+        self.check(&request)?;
+        let limit = self.0.config.max_queue;
+        let slot = Slot::take(&self.0.taken, self.0.config.max_num_seqs.saturating_add(limit))
+            .ok_or(EngineError::QueueFull { limit })?;
+        let (submission, events) = Submission::new(request, slot);
+        self.0.submissions.send(submission).map_err(|_| EngineError::Stopped)?;
+        Ok(GenerationStream { events, has_ended: false })
+    }
+
+    /// Live figures.
+    pub fn stats(&self) -> &EngineStats {
+        &self.0.stats
+    }
+
+    /// The limits in force.
+    pub fn config(&self) -> &EngineConfig {
+        &self.0.config
+    }
+
+    /// False after a panic in a step.
+    pub fn is_healthy(&self) -> bool {
+        !self.0.stats.panicked.load(Acquire)
+    }
+
+    /// Refuses new requests from now on; running and waiting ones finish.
+    pub fn drain(&self) {
+        self.0.is_draining.store(true, Release);
+    }
+
+    /// Requests that were taken and have not ended.
+    pub fn num_unfinished(&self) -> usize {
+        self.0.taken.load(Acquire)
+    }
+
+    /// What can be wrong with a request by itself.
+    fn check(&self, request: &GenerationRequest) -> Result<(), EngineError> {
+        let (prompt, max_tokens) = (request.prompt.len(), request.max_tokens);
+        if prompt == 0 {
+            return Err(EngineError::EmptyPrompt);
+        }
+        let limit = self.0.config.max_sequence_len();
+        if prompt.saturating_add(max_tokens) > limit {
+            return Err(EngineError::TooLong { prompt, max_tokens, limit });
+        }
+        let is_unknown = |id: &&u32| **id as usize >= self.0.vocab_size;
+        match request.prompt.iter().find(is_unknown) {
+            Some(&id) => Err(EngineError::UnknownToken(id)),
+            None => Ok(()),
+        }
+    }
+}
+
+impl GenerationStream {
+    /// The next event; `None` after `Finished` or `Failed`.
+    pub async fn next(&mut self) -> Option<GenerationEvent> {
+        if self.has_ended {
+            return None;
+        }
+        let event = self.events.recv().await;
+        Some(self.note(event))
+    }
+
+    /// The next event, on a thread that may wait (panics inside an async runtime).
+    pub fn blocking_next(&mut self) -> Option<GenerationEvent> {
+        if self.has_ended {
+            return None;
+        }
+        let event = self.events.blocking_recv();
+        Some(self.note(event))
+    }
+
+    /// Remembers the end. A channel that closed without one means that the engine thread is gone.
+    fn note(&mut self, event: Option<GenerationEvent>) -> GenerationEvent {
+        let event = event.unwrap_or_else(|| GenerationEvent::Failed {
+            message: EngineError::Stopped.to_string(),
+        });
+        self.has_ended =
+            matches!(event, GenerationEvent::Finished { .. } | GenerationEvent::Failed { .. });
+        event
+    }
+}

@@ -1,0 +1,152 @@
+//! What the engine keeps beside each sequence: whom it answers, with what, and since when.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{
+            AtomicUsize,
+            Ordering::{AcqRel, Acquire},
+        },
+    },
+    time::Instant,
+};
+
+use tokio::sync::mpsc;
+
+use super::{
+    FinishReason, GenerationEvent, GenerationRequest, GenerationUsage,
+    sampler::Sampler,
+    sequence::{Sequence, SequenceParams},
+};
+use crate::adapters::AdapterVersion;
+
+/// A place among the requests that the engine takes; dropping it makes room for another.
+#[derive(Debug)]
+pub(super) struct Slot(Arc<AtomicUsize>);
+
+impl Slot {
+    /// Takes one of `limit` places, if there is one.
+    pub(super) fn take(taken: &Arc<AtomicUsize>, limit: usize) -> Option<Self> {
+        let next = |count| (count < limit).then_some(count + 1);
+        taken.fetch_update(AcqRel, Acquire, next).ok()?;
+        Some(Self(Arc::clone(taken)))
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, AcqRel);
+    }
+}
+
+/// How a request ends.
+#[derive(Debug)]
+pub(super) enum Ending {
+    Finished(FinishReason),
+    Failed(String),
+}
+
+/// The engine's side of a request.
+pub(super) struct Request {
+    /// Pinned: the version outlives its name.
+    pub(super) adapter: Option<Arc<AdapterVersion>>,
+    pub(super) sampler: Sampler,
+    pub(super) stop_token_ids: Vec<u32>,
+    /// Set by the step that ends it.
+    pub(super) ending: Option<Ending>,
+    pub(super) started: Option<Instant>,
+    pub(super) first_token: Option<Instant>,
+    submitted: Instant,
+    events: mpsc::Sender<GenerationEvent>,
+    _slot: Slot,
+}
+
+/// A request on its way to the engine thread.
+pub(super) struct Submission {
+    pub(super) params: SequenceParams,
+    pub(super) request: Request,
+}
+
+impl Submission {
+    /// The request, and where its events will arrive.
+    pub(super) fn new(
+        request: GenerationRequest,
+        slot: Slot,
+    ) -> (Self, mpsc::Receiver<GenerationEvent>) {
+        // All tokens, the scores and the end: sending never has to wait.
+        let (events, receiver) = mpsc::channel(request.max_tokens + 2);
+        // The version, not its name: a replaced adapter may still have running sequences.
+        let adapter_key =
+            request.adapter.as_ref().map_or(0, |version| Arc::as_ptr(version) as usize);
+        let params = SequenceParams {
+            prompt: request.prompt,
+            max_tokens: request.max_tokens,
+            score_prompt: request.score_prompt,
+            adapter_key,
+        };
+        let request = Request {
+            adapter: request.adapter,
+            sampler: Sampler::new(request.sampling),
+            stop_token_ids: request.stop_token_ids,
+            ending: None,
+            started: None,
+            first_token: None,
+            submitted: Instant::now(),
+            events,
+            _slot: slot,
+        };
+        (Self { params, request }, receiver)
+    }
+}
+
+impl Request {
+    /// Whether the client left.
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    /// Tells the client, if it is still there.
+    pub(super) fn send(&self, event: GenerationEvent) {
+        // The channel has room for every event, so this fails only when nobody listens.
+        let _ = self.events.try_send(event);
+    }
+}
+
+/// The last word to a client, to be sent once the sequence and all that it held are gone.
+pub(super) struct Farewell {
+    events: mpsc::Sender<GenerationEvent>,
+    event: GenerationEvent,
+}
+
+impl Farewell {
+    /// Ends `sequence`: blocks, adapter and slot are free from here on.
+    pub(super) fn new(sequence: Sequence<Request>, ending: Ending) -> Self {
+        let event = match ending {
+            Ending::Finished(reason) => {
+                GenerationEvent::Finished { reason, usage: usage(&sequence) }
+            }
+            Ending::Failed(message) => GenerationEvent::Failed { message },
+        };
+        Self { events: sequence.request.events, event }
+    }
+
+    /// Sends it.
+    pub(super) fn send(self) {
+        let _ = self.events.try_send(self.event);
+    }
+}
+
+fn usage(sequence: &Sequence<Request>) -> GenerationUsage {
+    let request = &sequence.request;
+    let now = Instant::now();
+    let seconds = |until: Option<Instant>| {
+        until.unwrap_or(now).duration_since(request.submitted).as_secs_f64()
+    };
+    GenerationUsage {
+        prompt_tokens: sequence.num_prompt_tokens(),
+        completion_tokens: sequence.num_generated_tokens(),
+        queue_seconds: seconds(request.started),
+        first_token_seconds: seconds(request.first_token),
+        total_seconds: seconds(None),
+    }
+}

@@ -1,0 +1,186 @@
+//! One request while it is alive: its tokens, how many of them are in the cache, its blocks.
+//!
+//! Knows token ids and counts; must never know tensors, channels or clocks (the engine keeps those in
+//! `request`, which nobody here looks at). No candle here.
+
+use std::ops::Range;
+
+use super::{blocks::BlockTable, score::TokenScore};
+
+/// What the scheduler needs to know of a new request.
+#[derive(Debug, Clone)]
+pub(super) struct SequenceParams {
+    /// At least one token.
+    pub(super) prompt: Vec<u32>,
+    pub(super) max_tokens: usize,
+    pub(super) score_prompt: bool,
+    /// Equal for sequences of the same adapter version; 0 is the base.
+    pub(super) adapter_key: usize,
+}
+
+/// A prompt and what was generated after it.
+#[derive(Debug)]
+pub(super) struct Sequence<R> {
+    tokens: Vec<u32>,
+    num_prompt_tokens: usize,
+    num_cached_tokens: usize,
+    max_tokens: usize,
+    prompt_scores: Option<Vec<TokenScore>>,
+    pub(super) adapter_key: usize,
+    pub(super) block_table: BlockTable,
+    /// What the engine keeps beside it.
+    pub(super) request: R,
+}
+
+impl<R> Sequence<R> {
+    pub(super) fn new(params: SequenceParams, block_table: BlockTable, request: R) -> Self {
+        let num_prompt_tokens = params.prompt.len();
+        let scores = num_prompt_tokens.saturating_sub(1);
+        Self {
+            tokens: params.prompt,
+            num_prompt_tokens,
+            num_cached_tokens: 0,
+            max_tokens: params.max_tokens,
+            prompt_scores: params.score_prompt.then(|| Vec::with_capacity(scores)),
+            adapter_key: params.adapter_key,
+            block_table,
+            request,
+        }
+    }
+
+    /// Prompt and generated tokens.
+    pub(super) fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    pub(super) fn num_prompt_tokens(&self) -> usize {
+        self.num_prompt_tokens
+    }
+
+    pub(super) fn num_generated_tokens(&self) -> usize {
+        self.tokens.len() - self.num_prompt_tokens
+    }
+
+    /// Tokens whose keys and values are in the cache.
+    pub(super) fn num_cached_tokens(&self) -> usize {
+        self.num_cached_tokens
+    }
+
+    /// Tokens still to run: 1 while decoding, more while (re)filling.
+    pub(super) fn num_remaining_tokens(&self) -> usize {
+        self.tokens.len() - self.num_cached_tokens
+    }
+
+    /// Whether `max_tokens` are generated.
+    pub(super) fn is_complete(&self) -> bool {
+        self.num_generated_tokens() >= self.max_tokens
+    }
+
+    /// Whether a step over the next `num_tokens` ends with a new token.
+    pub(super) fn samples_after(&self, num_tokens: usize) -> bool {
+        num_tokens == self.num_remaining_tokens() && !self.is_complete()
+    }
+
+    /// Positions whose logits a step over the next `num_tokens` must return: those that score a
+    /// prompt token not scored yet (position `i` scores token `i + 1`), then the one that is sampled
+    /// from. Always contiguous: sampling follows the last score.
+    pub(super) fn logit_positions(&self, num_tokens: usize) -> Range<usize> {
+        let end = self.num_cached_tokens + num_tokens;
+        let sampled = end - usize::from(self.samples_after(num_tokens));
+        match &self.prompt_scores {
+            // After a preemption the positions up to `scores.len()` run again, already scored.
+            Some(scores) if scores.len() + 1 < self.num_prompt_tokens => {
+                let to = if sampled < end { end } else { end.min(self.num_prompt_tokens - 1) };
+                scores.len()..to.max(scores.len())
+            }
+            _ => sampled..end,
+        }
+    }
+
+    /// The step over the next `num_tokens` is done: they are in the cache.
+    pub(super) fn advance(&mut self, num_tokens: usize) {
+        self.num_cached_tokens += num_tokens;
+        debug_assert!(self.num_cached_tokens <= self.tokens.len());
+    }
+
+    /// Appends a generated token.
+    pub(super) fn push(&mut self, token: u32) {
+        self.tokens.push(token);
+    }
+
+    /// Appends the score of the next prompt token.
+    pub(super) fn push_score(&mut self, score: TokenScore) {
+        if let Some(scores) = &mut self.prompt_scores {
+            scores.push(score);
+        }
+    }
+
+    /// All prompt scores, once: `Some` when they were asked for, are complete and were not taken.
+    pub(super) fn take_complete_scores(&mut self) -> Option<Vec<TokenScore>> {
+        let complete = self.prompt_scores.as_ref()?.len() + 1 >= self.num_prompt_tokens;
+        if complete { self.prompt_scores.take() } else { None }
+    }
+
+    /// Gives the blocks back; every token must run again (they are all kept).
+    pub(super) fn reset_cache(&mut self) {
+        self.num_cached_tokens = 0;
+        self.block_table.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::blocks::BlockManager, *};
+
+    fn sequence(prompt: usize, max_tokens: usize, score_prompt: bool) -> Sequence<()> {
+        let prompt = (0..prompt as u32).collect();
+        let params = SequenceParams { prompt, max_tokens, score_prompt, adapter_key: 0 };
+        Sequence::new(params, BlockManager::new(0, 1).table(), ())
+    }
+
+    const SCORE: TokenScore = TokenScore { logprob: 0.0, is_argmax: true };
+
+    #[test]
+    fn only_the_last_chunk_of_a_prompt_needs_a_logit_row() {
+        let mut sequence = sequence(10, 3, false);
+        assert!(sequence.logit_positions(4).is_empty());
+        sequence.advance(4);
+        assert_eq!(sequence.logit_positions(6), 9..10);
+        sequence.advance(6);
+        sequence.push(7);
+        assert_eq!(sequence.logit_positions(1), 10..11);
+    }
+
+    #[test]
+    fn chunks_cover_each_scored_position_once() {
+        let mut sequence = sequence(5, 0, true);
+        assert_eq!(sequence.logit_positions(2), 0..2);
+        sequence.push_score(SCORE);
+        sequence.push_score(SCORE);
+        sequence.advance(2);
+        assert_eq!(sequence.logit_positions(3), 2..4);
+        assert_eq!(sequence.take_complete_scores(), None);
+        sequence.push_score(SCORE);
+        sequence.push_score(SCORE);
+        assert_eq!(sequence.take_complete_scores(), Some(vec![SCORE; 4]));
+        assert_eq!(sequence.take_complete_scores(), None);
+    }
+
+    #[test]
+    fn a_refilled_prompt_is_not_scored_again() {
+        let mut sequence = sequence(5, 2, true);
+        assert_eq!(sequence.logit_positions(3), 0..3);
+        (0..3).for_each(|_| sequence.push_score(SCORE));
+        sequence.advance(3);
+        sequence.reset_cache();
+        assert!(sequence.logit_positions(2).is_empty());
+        assert_eq!(sequence.logit_positions(5), 3..5);
+        sequence.push_score(SCORE);
+        assert!(sequence.take_complete_scores().is_some());
+        sequence.advance(5);
+        sequence.push(9);
+        sequence.reset_cache();
+        assert!(sequence.logit_positions(5).is_empty());
+        assert_eq!(sequence.logit_positions(6), 5..6);
+    }
+}

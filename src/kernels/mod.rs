@@ -1,0 +1,32 @@
+//! FLOOR 0. Slices in, slices out: the arithmetic of the decoder on the CPU.
+//!
+//! Knows vector instructions and threads. Must never know tensors, models or requests. All
+//! `unsafe` of the crate is here (and in one `mmap` line of the weight reader).
+//!
+//! The arithmetic is written once (`gemm.rs`, `attention.rs`, `rows.rs`), generic over what sixteen
+//! lanes are (`simd.rs`); `portable.rs`, `avx2.rs` and `avx512.rs` say that for their instructions.
+//!
+//! Every output element is summed in an order that depends on its own inputs only, never on the
+//! number of rows, the tile or the thread that computes it: a row of a batch is bit for bit the row
+//! alone, and a training forward is bit for bit the serving one.
+#![allow(unsafe_code)]
+
+#[macro_use]
+mod table;
+mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod gemm;
+mod portable;
+mod rows;
+mod simd;
+mod threads;
+
+pub use attention::{AttentionBackward, AttentionForward, AttentionShape, KvPanels, QuerySpan};
+pub use gemm::{LinearJob, MatmulJob};
+pub use rows::RmsNormGradient;
+pub use simd::{LANES, Weight};
+pub use table::{Kernels, all, best};
+pub use threads::{claim_threads, for_each_range, for_each_rows, for_each_rows_of_two};

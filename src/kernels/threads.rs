@@ -1,0 +1,97 @@
+//! Splitting work over the threads of the pool.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+/// Work below this many multiply-adds is not worth waking a thread for.
+const MIN_PARALLEL_WORK: usize = 64 * 1024;
+
+/// Calls `body` on consecutive ranges that cover `0..count`, in parallel where `count * work_each`
+/// (in multiply-adds) is worth it. Ranges start at multiples of `grain`.
+pub fn for_each_range(
+    count: usize,
+    grain: usize,
+    work_each: usize,
+    body: impl Fn(Range<usize>) + Send + Sync,
+) {
+    let threads = rayon::current_num_threads();
+    if threads == 1 || count.saturating_mul(work_each) < MIN_PARALLEL_WORK || count <= grain {
+        return body(0..count);
+    }
+    // Four pieces a thread let a busy core fall behind without holding up the others.
+    let piece = count.div_ceil(threads * 4).max(1).next_multiple_of(grain);
+    (0..count.div_ceil(piece))
+        .into_par_iter()
+        .for_each(|index| body(index * piece..((index + 1) * piece).min(count)));
+}
+
+/// Keeps candle's own pool, which serves a few element-wise operations, to the calling thread: it
+/// would spin on every core of the host. Ours is rayon's, which honours affinity and cgroups.
+///
+/// Must be the first thing that the program does: the environment is not thread-safe.
+pub fn claim_threads() {
+    // SAFETY: called from `main` before any other thread exists.
+    unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
+}
+
+/// A pointer that may cross threads: its users write disjoint elements.
+#[derive(Clone, Copy)]
+pub(super) struct Shared<T>(pub(super) *mut T);
+
+// SAFETY: every user of `Shared` states why the elements that its threads write are disjoint.
+unsafe impl<T: Send> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    /// The pointer. A method, so that closures capture the whole wrapper.
+    pub(super) fn get(self) -> *mut T {
+        self.0
+    }
+}
+
+/// Calls `body(first_row, rows)` on pieces of `data`, rows of `width`, in parallel where
+/// `work_each` (multiply-adds a row) makes it worth it.
+pub fn for_each_rows<T: Send>(
+    data: &mut [T],
+    width: usize,
+    work_each: usize,
+    body: impl Fn(usize, &mut [T]) + Send + Sync,
+) {
+    for_each_rows_of_two(
+        data,
+        &mut vec![(); data_rows(data.len(), width)],
+        (width, 1),
+        work_each,
+        |row, rows, _| {
+            body(row, rows);
+        },
+    );
+}
+
+/// As [`for_each_rows`], over two outputs of equally many rows at once.
+pub fn for_each_rows_of_two<A: Send, B: Send>(
+    first: &mut [A],
+    second: &mut [B],
+    (first_width, second_width): (usize, usize),
+    work_each: usize,
+    body: impl Fn(usize, &mut [A], &mut [B]) + Send + Sync,
+) {
+    let rows = data_rows(first.len(), first_width);
+    let threads = rayon::current_num_threads();
+    if threads == 1 || rows.saturating_mul(work_each) < MIN_PARALLEL_WORK || rows < 2 {
+        return body(0, first, second);
+    }
+    let piece = rows.div_ceil(threads * 4).max(1);
+    first
+        .par_chunks_mut(piece * first_width)
+        .zip(second.par_chunks_mut(piece * second_width))
+        .enumerate()
+        .for_each(|(index, (first, second))| body(index * piece, first, second));
+}
+
+fn data_rows(length: usize, width: usize) -> usize {
+    debug_assert_eq!(length % width.max(1), 0);
+    length / width.max(1)
+}

@@ -1,0 +1,22 @@
+//! FLOOR 2. The one definition of the decoder, for training and for serving.
+//!
+//! Knows tensors, weights and the families. Must never know text, requests, schedulers or HTTP; an
+//! adapter is only a [`Delta`] here.
+
+mod arch;
+mod config;
+mod decoder;
+mod delta;
+mod error;
+mod kv_cache;
+mod layer;
+mod step;
+mod weights;
+
+pub use arch::{ARCHITECTURES, Architecture};
+pub use config::{ModelConfig, RopeScaling};
+pub use decoder::{Decoder, WeightMode};
+pub use delta::{Delta, DeltaRows, Dropout, Projection, Site};
+pub use error::ModelError;
+pub use kv_cache::KvCache;
+pub use step::{Step, StepSequence};

@@ -1,0 +1,250 @@
+//! Causal self-attention: over whole sequences with gradients, or over a paged cache.
+
+use std::{ops::Range, sync::Arc};
+
+use candle_core::{CpuStorage, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor};
+
+use super::storage::{f32_slice, mismatch, tensor, with_f32};
+use crate::kernels::{
+    AttentionBackward, AttentionForward, AttentionShape, KvPanels, LANES, QuerySpan, best,
+};
+
+const NAME: &str = "attention";
+
+/// Attention within whole sequences. `q [rows, heads * head_dim]`, `k` and `v`
+/// `[rows, kv_heads * head_dim]`; `sequences` are their rows, in order.
+///
+/// # Errors
+/// Where shapes or dtypes do not fit.
+pub fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    shape: AttentionShape,
+    sequences: &Arc<[Range<usize>]>,
+) -> Result<Tensor> {
+    let op = WholeAttention { shape, sequences: sequences.clone() };
+    q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
+}
+
+/// One sequence's part of a [`paged_attention`].
+#[derive(Clone)]
+pub struct PagedSpan {
+    /// Its rows in the batch.
+    pub rows: Range<usize>,
+    /// Position of the first of them.
+    pub first_position: usize,
+    /// Physical block of each sixteen positions.
+    pub block_table: Arc<[u32]>,
+}
+
+/// Attention over cached keys and values (which already hold this step's). No gradient.
+///
+/// # Errors
+/// Where shapes or dtypes do not fit.
+pub fn paged_attention(
+    q: &Tensor,
+    (keys, values): (&Tensor, &Tensor),
+    shape: AttentionShape,
+    spans: &Arc<[PagedSpan]>,
+) -> Result<Tensor> {
+    q.contiguous()?.apply_op3_no_bwd(keys, values, &Paged { shape, spans: spans.clone() })
+}
+
+/// Which panel of a cache is written.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Panel {
+    /// Keys, transposed within each block.
+    Keys,
+    /// Values.
+    Values,
+}
+
+/// Writes `rows [slots.len(), kv_heads * head_dim]` into a panel of the cache, in place.
+///
+/// # Errors
+/// Where shapes do not fit or a slot lies outside.
+pub fn write_cache(
+    panel_tensor: &Tensor,
+    panel: Panel,
+    rows: &Tensor,
+    shape: AttentionShape,
+    slots: &Arc<[u32]>,
+) -> Result<()> {
+    let op = WriteCache { panel, shape, slots: slots.clone() };
+    panel_tensor.inplace_op2(&rows.contiguous()?, &op)
+}
+
+struct WholeAttention {
+    shape: AttentionShape,
+    sequences: Arc<[Range<usize>]>,
+}
+
+impl CustomOp3 for WholeAttention {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_layout: &Layout,
+        k: &CpuStorage,
+        k_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let queries = f32_slice(q, q_layout, NAME)?;
+        let (k, v) = (f32_slice(k, k_layout, NAME)?, f32_slice(v, v_layout, NAME)?);
+        // The sequences' keys and values take the cache's layout, one block after the other.
+        let mut slots = Vec::new();
+        let mut tables = Vec::new();
+        let mut num_blocks = 0_u32;
+        for range in &*self.sequences {
+            let blocks = narrow(range.len().div_ceil(LANES))?;
+            tables.push((num_blocks..num_blocks + blocks).collect::<Vec<_>>());
+            let first = num_blocks * narrow(LANES)?;
+            slots.extend(first..first + narrow(range.len())?);
+            num_blocks += blocks;
+        }
+        if q_layout.dims()[0] != slots.len() {
+            return Err(mismatch(NAME, "the sequences do not cover the rows"));
+        }
+        let mut keys = vec![0.0; num_blocks as usize * self.shape.key_block_len()];
+        let mut values = vec![0.0; num_blocks as usize * self.shape.value_block_len()];
+        self.shape.write_keys(k, &slots, &mut keys);
+        self.shape.write_values(v, &slots, &mut values);
+        let spans: Vec<QuerySpan<'_>> = self
+            .sequences
+            .iter()
+            .zip(&tables)
+            .map(|(rows, block_table)| QuerySpan {
+                rows: rows.clone(),
+                first_position: 0,
+                block_table,
+            })
+            .collect();
+        let mut out = vec![0.0; queries.len()];
+        let panels = KvPanels { keys: &keys, values: &values };
+        AttentionForward { shape: self.shape, panels, queries, spans: &spans }
+            .run(best(), &mut out);
+        Ok((CpuStorage::F32(out), q_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        out: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let mut grads = [q, k, v].map(|input| vec![0.0; input.elem_count()]);
+        let [grad_q, grad_k, grad_v] = &mut grads;
+        with_f32(q, NAME, |queries| {
+            with_f32(k, NAME, |keys| {
+                with_f32(v, NAME, |values| {
+                    with_f32(out, NAME, |out| {
+                        with_f32(grad, NAME, |grad_out| {
+                            let (shape, sequences) = (self.shape, &*self.sequences);
+                            AttentionBackward {
+                                shape,
+                                queries,
+                                keys,
+                                values,
+                                out,
+                                grad_out,
+                                sequences,
+                            }
+                            .run(best(), (grad_q, grad_k, grad_v));
+                            Ok(())
+                        })
+                    })
+                })
+            })
+        })?;
+        let [grad_q, grad_k, grad_v] = grads;
+        let like = |grad, input: &Tensor| tensor(grad, input.shape().clone()).map(Some);
+        Ok((like(grad_q, q)?, like(grad_k, k)?, like(grad_v, v)?))
+    }
+}
+
+struct Paged {
+    shape: AttentionShape,
+    spans: Arc<[PagedSpan]>,
+}
+
+impl CustomOp3 for Paged {
+    fn name(&self) -> &'static str {
+        "paged_attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_layout: &Layout,
+        k: &CpuStorage,
+        k_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let queries = f32_slice(q, q_layout, NAME)?;
+        let panels =
+            KvPanels { keys: f32_slice(k, k_layout, NAME)?, values: f32_slice(v, v_layout, NAME)? };
+        let spans: Vec<QuerySpan<'_>> = self
+            .spans
+            .iter()
+            .map(|span| QuerySpan {
+                rows: span.rows.clone(),
+                first_position: span.first_position,
+                block_table: &span.block_table,
+            })
+            .collect();
+        let mut out = vec![0.0; queries.len()];
+        AttentionForward { shape: self.shape, panels, queries, spans: &spans }
+            .run(best(), &mut out);
+        Ok((CpuStorage::F32(out), q_layout.shape().clone()))
+    }
+}
+
+struct WriteCache {
+    panel: Panel,
+    shape: AttentionShape,
+    slots: Arc<[u32]>,
+}
+
+impl InplaceOp2 for WriteCache {
+    fn name(&self) -> &'static str {
+        "write_cache"
+    }
+
+    fn cpu_fwd(
+        &self,
+        panel: &mut CpuStorage,
+        _panel_layout: &Layout,
+        rows: &CpuStorage,
+        layout: &Layout,
+    ) -> Result<()> {
+        let rows = f32_slice(rows, layout, NAME)?;
+        let CpuStorage::F32(panel) = panel else {
+            return Err(mismatch("write_cache", "the cache is not f32"));
+        };
+        let block_len = match self.panel {
+            Panel::Keys => self.shape.key_block_len(),
+            Panel::Values => self.shape.value_block_len(),
+        };
+        let capacity = panel.len() / block_len * LANES;
+        if let Some(slot) = self.slots.iter().find(|slot| **slot as usize >= capacity) {
+            return Err(mismatch("write_cache", &format!("slot {slot} of {capacity}")));
+        }
+        match self.panel {
+            Panel::Keys => self.shape.write_keys(rows, &self.slots, panel),
+            Panel::Values => self.shape.write_values(rows, &self.slots, panel),
+        }
+        Ok(())
+    }
+}
+
+fn narrow(count: usize) -> Result<u32> {
+    u32::try_from(count).map_err(|_| mismatch(NAME, &format!("{count} rows are too many")))
+}

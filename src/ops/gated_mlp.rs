@@ -1,0 +1,71 @@
+//! The gate of a SwiGLU feed-forward layer (Shazeer 2020, <https://arxiv.org/abs/2002.05202>).
+
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+
+use super::storage::{f32_slice, mismatch, tensor, with_f32};
+use crate::kernels::{best, for_each_rows, for_each_rows_of_two};
+
+const NAME: &str = "silu_mul";
+/// Multiply-adds that an element's exponential is worth.
+const WORK: usize = 8;
+
+/// `silu(gate) * up`, both `[rows, intermediate]`, f32.
+///
+/// # Errors
+/// Where shapes or dtypes do not fit.
+pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    gate.contiguous()?.apply_op2(&up.contiguous()?, SiluMul)
+}
+
+struct SiluMul;
+
+impl CustomOp2 for SiluMul {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        gate: &CpuStorage,
+        gate_layout: &Layout,
+        up: &CpuStorage,
+        up_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (gate, up) = (f32_slice(gate, gate_layout, NAME)?, f32_slice(up, up_layout, NAME)?);
+        if gate.len() != up.len() {
+            return Err(mismatch(NAME, "gate and up differ in shape"));
+        }
+        let mut out = vec![0.0; gate.len()];
+        for_each_rows(&mut out, 1, WORK, |start, out| {
+            let range = start..start + out.len();
+            best().silu_mul(&gate[range.clone()], &up[range], out);
+        });
+        Ok((CpuStorage::F32(out), gate_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        _out: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let count = gate.elem_count();
+        let (mut grad_gate, mut grad_up) = (vec![0.0; count], vec![0.0; count]);
+        with_f32(gate, NAME, |gate| {
+            with_f32(up, NAME, |up| {
+                with_f32(grad, NAME, |grad| {
+                    let outputs = (&mut grad_gate, &mut grad_up);
+                    for_each_rows_of_two(outputs.0, outputs.1, (1, 1), WORK, |start, a, b| {
+                        let range = start..start + a.len();
+                        let inputs = (&gate[range.clone()], &up[range.clone()]);
+                        best().silu_mul_backward(inputs, &grad[range], (a, b));
+                    });
+                    Ok(())
+                })
+            })
+        })?;
+        let shape = gate.shape();
+        Ok((Some(tensor(grad_gate, shape.clone())?), Some(tensor(grad_up, shape.clone())?)))
+    }
+}

@@ -1,0 +1,196 @@
+//! LoRA's contribution to a projection: `scale * (x A^T) B^T`
+//! (Hu et al. 2021, <https://arxiv.org/abs/2106.09685>).
+
+use std::ops::Range;
+
+use candle_core::{CpuStorage, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor};
+
+use super::storage::{f32_slice, mismatch, tensor, with_f32};
+use crate::kernels::{LinearJob, MatmulJob, best};
+
+const NAME: &str = "lora";
+
+/// `x [rows, in]`, `a [rank, in]`, `b [out, rank]` -> `[rows, out]`, with gradients of all three.
+///
+/// # Errors
+/// Where shapes or dtypes do not fit.
+pub fn lora(x: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
+    x.contiguous()?.apply_op3(a, b, Lora { scale: narrow(scale) })
+}
+
+/// Adds the contribution to some rows of `output [rows, out]` in place: the serving body. Bit for
+/// bit `output + lora(..)` on these rows.
+///
+/// # Errors
+/// Where shapes or dtypes do not fit, or `rows` lie outside.
+pub fn add_rows_in_place(
+    output: &Tensor,
+    x: &Tensor,
+    rows: Range<usize>,
+    a: &Tensor,
+    b: &Tensor,
+    scale: f64,
+) -> Result<()> {
+    let (a, b) = (a.clone(), b.clone());
+    output.inplace_op2(&x.contiguous()?, &AddRows { rows, a, b, scale: narrow(scale) })
+}
+
+#[allow(clippy::cast_possible_truncation)]
+fn narrow(scale: f64) -> f32 {
+    scale as f32
+}
+
+/// `x A^T`, `[rows, rank]`.
+fn shrink(x: &[f32], a: &[f32], (rank, in_features): (usize, usize)) -> Vec<f32> {
+    let mut hidden = vec![0.0; x.len() / in_features * rank];
+    let job = LinearJob { x, weight: a, bias: None, in_features, out_features: rank };
+    job.run(best(), &mut hidden);
+    hidden
+}
+
+/// `out [+]= scale * hidden B^T`.
+fn expand(
+    hidden: &[f32],
+    b: &[f32],
+    rank: usize,
+    (scale, accumulate): (f32, bool),
+    out: &mut [f32],
+) {
+    let out_features = b.len() / rank;
+    let mut transposed = vec![0.0; b.len()];
+    for (column, row) in b.chunks_exact(rank).enumerate() {
+        for (k, value) in row.iter().enumerate() {
+            transposed[k * out_features + column] = *value;
+        }
+    }
+    let (a_strides, shape) = ((rank, 1), (hidden.len() / rank, rank, out_features));
+    MatmulJob { a: hidden, a_strides, b: &transposed, shape, alpha: scale, accumulate }
+        .run(best(), out);
+}
+
+struct Lora {
+    scale: f32,
+}
+
+impl CustomOp3 for Lora {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        a: &CpuStorage,
+        a_layout: &Layout,
+        b: &CpuStorage,
+        b_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (rank, in_features) = a_layout.shape().dims2()?;
+        let (out_features, b_rank) = b_layout.shape().dims2()?;
+        let (rows, x_features) = x_layout.shape().dims2()?;
+        if rank != b_rank || x_features != in_features {
+            return Err(mismatch(NAME, "x, A and B do not fit each other"));
+        }
+        let hidden = shrink(
+            f32_slice(x, x_layout, NAME)?,
+            f32_slice(a, a_layout, NAME)?,
+            (rank, in_features),
+        );
+        let mut out = vec![0.0; rows * out_features];
+        expand(&hidden, f32_slice(b, b_layout, NAME)?, rank, (self.scale, false), &mut out);
+        Ok((CpuStorage::F32(out), (rows, out_features).into()))
+    }
+
+    /// With `h = x A^T` and `g = scale * dy B`: `dx = g A`, `dA = g^T x`, `dB = scale * dy^T h`.
+    fn bwd(
+        &self,
+        x: &Tensor,
+        a: &Tensor,
+        b: &Tensor,
+        _out: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (rank, in_features) = a.dims2()?;
+        let (rows, out_features) = grad.dims2()?;
+        let mut grad_hidden = vec![0.0; rows * rank];
+        let mut grad_x = vec![0.0; if x.track_op() { rows * in_features } else { 0 }];
+        let mut grad_a = vec![0.0; rank * in_features];
+        let mut grad_b = vec![0.0; out_features * rank];
+        let run = |a: &[f32], a_strides, b: &[f32], shape, alpha, out: &mut [f32]| {
+            MatmulJob { a, a_strides, b, shape, alpha, accumulate: false }.run(best(), out);
+        };
+        with_f32(x, NAME, |x| {
+            with_f32(grad, NAME, |grad| {
+                with_f32(a, NAME, |a| {
+                    with_f32(b, NAME, |b| {
+                        let hidden = shrink(x, a, (rank, in_features));
+                        let shape = (rows, out_features, rank);
+                        run(grad, (out_features, 1), b, shape, self.scale, &mut grad_hidden);
+                        if !grad_x.is_empty() {
+                            let shape = (rows, rank, in_features);
+                            run(&grad_hidden, (rank, 1), a, shape, 1.0, &mut grad_x);
+                        }
+                        let shape = (rank, rows, in_features);
+                        run(&grad_hidden, (1, rank), x, shape, 1.0, &mut grad_a);
+                        let shape = (out_features, rows, rank);
+                        run(grad, (1, out_features), &hidden, shape, self.scale, &mut grad_b);
+                        Ok(())
+                    })
+                })
+            })
+        })?;
+        let grad_x = if grad_x.is_empty() && rows > 0 {
+            None
+        } else {
+            Some(tensor(grad_x, (rows, in_features))?)
+        };
+        let grad_a = tensor(grad_a, (rank, in_features))?;
+        Ok((grad_x, Some(grad_a), Some(tensor(grad_b, (out_features, rank))?)))
+    }
+}
+
+struct AddRows {
+    rows: Range<usize>,
+    a: Tensor,
+    b: Tensor,
+    scale: f32,
+}
+
+impl InplaceOp2 for AddRows {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        output: &mut CpuStorage,
+        output_layout: &Layout,
+        x: &CpuStorage,
+        x_layout: &Layout,
+    ) -> Result<()> {
+        let (rank, in_features) = self.a.dims2()?;
+        let out_features = self.b.dims2()?.0;
+        let (start, end) = output_layout
+            .contiguous_offsets()
+            .ok_or_else(|| mismatch(NAME, "the output is not contiguous"))?;
+        let x = f32_slice(x, x_layout, NAME)?;
+        let CpuStorage::F32(output) = output else {
+            return Err(mismatch(NAME, "the output is not f32"));
+        };
+        let output = &mut output[start..end];
+        let Range { start, end } = self.rows;
+        if x.len() < end * in_features || output.len() < end * out_features {
+            return Err(mismatch(NAME, &format!("rows {start}..{end} lie outside the batch")));
+        }
+        with_f32(&self.a, NAME, |a| {
+            with_f32(&self.b, NAME, |b| {
+                let x = &x[start * in_features..end * in_features];
+                let hidden = shrink(x, a, (rank, in_features));
+                let output = &mut output[start * out_features..end * out_features];
+                expand(&hidden, b, rank, (self.scale, true), output);
+                Ok(())
+            })
+        })
+    }
+}

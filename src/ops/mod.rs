@@ -1,0 +1,21 @@
+//! FLOOR 1. The dozen tensor operations that a decoder needs; one file, one operation.
+//!
+//! Every operation decides by its data: where an input is tracked, candle records the operation
+//! with its analytic backward pass; else only the fused forward runs. Both call the same kernels in
+//! the same order, so a training forward is bit for bit the serving one. Activations are f32;
+//! weights keep their storage type. Frozen weights are held inside an operation, so that no gradient
+//! of them is ever computed.
+//!
+//! Knows tensors and kernels. Must never know layers, families, requests or text.
+
+pub mod add;
+pub mod attention;
+pub mod cross_entropy;
+pub mod dropout;
+pub mod embedding;
+pub mod gated_mlp;
+pub mod linear;
+pub mod lora;
+pub mod rms_norm;
+pub mod rope;
+mod storage;

@@ -1,0 +1,112 @@
+//! Which examples make which optimizer step: a pure function of lengths, seed and sizes, so that a
+//! resumed run meets the same examples in the same order.
+
+use std::ops::Range;
+
+use crate::data::{Example, epoch_order};
+
+/// How examples are put together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BatchPlan {
+    /// Number of examples.
+    pub num_examples: usize,
+    /// Examples per optimizer step; the last step of an epoch takes what is left.
+    pub batch_size: usize,
+    /// Most tokens of a micro-batch, unless a single example is longer.
+    pub micro_batch_tokens: usize,
+    /// Decides the order.
+    pub seed: u64,
+    /// Whether there is a new order each epoch; else examples come as they are.
+    pub shuffle: bool,
+}
+
+impl BatchPlan {
+    /// Optimizer steps of one pass over the examples.
+    #[must_use]
+    pub fn steps_per_epoch(&self) -> usize {
+        self.num_examples.div_ceil(self.batch_size)
+    }
+
+    /// Indices of the examples of optimizer step `step`, counted from 0 over all epochs.
+    #[must_use]
+    pub fn examples_of_step(&self, step: usize) -> Vec<usize> {
+        let (epoch, at) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
+        let range = at * self.batch_size..((at + 1) * self.batch_size).min(self.num_examples);
+        if self.shuffle {
+            epoch_order(self.num_examples, self.seed, epoch as u64)[range].to_vec()
+        } else {
+            range.collect()
+        }
+    }
+
+    /// The micro-batches of optimizer step `step`: its examples in order, cut where the next one
+    /// would pass the token limit.
+    #[must_use]
+    pub fn micro_batches(&self, examples: &[Example], step: usize) -> Vec<MicroBatch> {
+        let chosen = self.examples_of_step(step);
+        let chosen: Vec<&Example> = chosen.into_iter().map(|index| &examples[index]).collect();
+        split_by_tokens(&chosen, self.micro_batch_tokens)
+            .into_iter()
+            .map(|range| MicroBatch::new(&chosen[range]))
+            .collect()
+    }
+}
+
+/// Cuts `examples` into runs of at most `limit` tokens, or of one example.
+#[must_use]
+pub fn split_by_tokens(examples: &[&Example], limit: usize) -> Vec<Range<usize>> {
+    let mut runs = Vec::new();
+    let (mut start, mut num_tokens) = (0, 0);
+    for (index, example) in examples.iter().enumerate() {
+        if index > start && num_tokens + example.tokens.len() > limit {
+            runs.push(start..index);
+            (start, num_tokens) = (index, 0);
+        }
+        num_tokens += example.tokens.len();
+    }
+    if start < examples.len() {
+        runs.push(start..examples.len());
+    }
+    runs
+}
+
+/// Sequences of one forward and backward pass, one after the other without padding.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MicroBatch {
+    /// Tokens of all sequences. `[tokens]`
+    pub tokens: Vec<u32>,
+    /// Length of each sequence; they add up to `tokens.len()`.
+    pub lengths: Vec<usize>,
+    /// Rows of `tokens` whose prediction counts, ascending. `[n]`
+    pub rows: Vec<u32>,
+    /// What each of these rows has to predict: the token after it. `[n]`
+    pub targets: Vec<u32>,
+}
+
+impl MicroBatch {
+    /// Concatenates `examples`. A trained token is the target of the row before it; the first token
+    /// of a sequence has no such row and never counts.
+    #[must_use]
+    pub fn new(examples: &[&Example]) -> Self {
+        let num_tokens = examples.iter().map(|example| example.tokens.len()).sum();
+        let mut batch = Self {
+            tokens: Vec::with_capacity(num_tokens),
+            lengths: Vec::with_capacity(examples.len()),
+            rows: Vec::new(),
+            targets: Vec::new(),
+        };
+        for example in examples {
+            let start = batch.tokens.len();
+            for (position, &token) in example.tokens.iter().enumerate().skip(1) {
+                if example.loss_mask[position] {
+                    let row = start + position - 1;
+                    batch.rows.push(u32::try_from(row).expect("a micro-batch has < 2^32 tokens"));
+                    batch.targets.push(token);
+                }
+            }
+            batch.tokens.extend_from_slice(&example.tokens);
+            batch.lengths.push(example.tokens.len());
+        }
+        batch
+    }
+}

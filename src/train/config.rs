@@ -1,0 +1,325 @@
+//! What a training run is asked to do, checked once at the door.
+
+use std::{fmt, path::PathBuf};
+
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Value};
+
+use super::TrainError;
+use crate::adapters::LoraConfig;
+use crate::data::LossOn;
+use crate::model::Projection;
+
+/// Everything a run can be told. The keys of a YAML file and the flags have these names.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainConfig {
+    /// The base: a model folder (or a name that the command line resolves to one).
+    pub model: String,
+    /// Training rows.
+    pub data: PathBuf,
+    /// Held-out rows for the validation loss.
+    pub valid: Option<PathBuf>,
+    /// The folder to publish.
+    pub output: PathBuf,
+    /// What is trained.
+    pub method: Method,
+    /// LoRA rank r.
+    pub rank: usize,
+    /// LoRA alpha; the update is scaled by alpha / r (alpha / sqrt(r) with `rslora`).
+    pub alpha: f64,
+    /// Dropout on the adapter's input, 0 to below 1.
+    pub dropout: f64,
+    /// Projections that get an adapter.
+    pub targets: Targets,
+    /// Scale by alpha / sqrt(r).
+    pub rslora: bool,
+    /// An adapter folder to start from instead of a fresh one.
+    pub init_adapter: Option<PathBuf>,
+    /// Peak learning rate; the default depends on the method, see [`TrainConfig::learning_rate`].
+    pub lr: Option<f64>,
+    /// How the learning rate changes.
+    pub schedule: ScheduleKind,
+    /// Optimizer steps of linear warm-up.
+    pub warmup_steps: usize,
+    /// Warm-up as a share of all steps, rounded up; used when `warmup_steps` is 0.
+    pub warmup_ratio: f64,
+    /// Passes over the training rows.
+    pub epochs: f64,
+    /// Optimizer steps; overrides `epochs`.
+    pub max_steps: Option<usize>,
+    /// Sequences per optimizer step.
+    pub batch_size: usize,
+    /// Most tokens in one forward and backward pass (a longer single sequence passes alone).
+    pub micro_batch_tokens: usize,
+    /// Largest global L2 norm of the gradient; 0 = no clipping.
+    pub grad_clip: f64,
+    /// Decoupled weight decay; never on norms and biases.
+    pub weight_decay: f64,
+    /// Decay of the gradient's mean in AdamW.
+    pub beta1: f64,
+    /// Decay of the squared gradient's mean in AdamW.
+    pub beta2: f64,
+    /// Decides weights, row order and dropout.
+    pub seed: u64,
+    /// Whether the rows are shuffled, anew each epoch.
+    pub shuffle: bool,
+    /// Longest sequence in tokens; the rest is cut off.
+    pub max_length: usize,
+    /// Which tokens the loss counts.
+    pub loss_on: LossTokens,
+    /// Validate every so many steps (and at the end); 0 = only at the end.
+    pub eval_every: usize,
+    /// Checkpoint every so many steps.
+    pub checkpoint_every: usize,
+    /// Checkpoint at the latest after so many seconds.
+    pub checkpoint_seconds: u64,
+    /// Stop at the first step border after so many minutes and publish what there is.
+    pub time_limit: Option<f64>,
+    /// Number format of the published weights (method full).
+    pub dtype: WeightDtype,
+    /// Threads of the tensor operations; none = all cores.
+    pub threads: Option<usize>,
+    /// Continue from the newest good checkpoint, if there is one.
+    pub resume: bool,
+    /// Replace an output or an unfinished run that is already there.
+    pub overwrite: bool,
+    /// Keep `<output>.work` after the output is published.
+    pub keep_work: bool,
+}
+
+/// What is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Method {
+    /// A LoRA adapter over the frozen base.
+    Lora,
+    /// Every weight; from random ones where the model folder has none.
+    Full,
+}
+
+/// How the learning rate changes after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScheduleKind {
+    /// Down to 0 in a line.
+    Linear,
+    /// Down to 0 along half a cosine.
+    Cosine,
+    /// Not at all.
+    Constant,
+}
+
+/// `loss_on` of a configuration file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LossTokens {
+    /// The tokens of the assistant's messages (or of the completion).
+    Assistant,
+    /// Every token but the first.
+    All,
+}
+
+/// Number format of a written model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightDtype {
+    /// 32-bit floats.
+    F32,
+    /// bfloat16.
+    Bf16,
+}
+
+/// Projections named by the user: `all-linear`, one name or a list.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(transparent)]
+pub struct Targets(pub Vec<String>);
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            model: String::new(),
+            data: PathBuf::new(),
+            valid: None,
+            output: PathBuf::new(),
+            method: Method::Lora,
+            rank: 16,
+            alpha: 32.0,
+            dropout: 0.0,
+            targets: Targets(vec!["all-linear".to_owned()]),
+            rslora: false,
+            init_adapter: None,
+            lr: None,
+            schedule: ScheduleKind::Linear,
+            warmup_steps: 0,
+            warmup_ratio: 0.03,
+            epochs: 3.0,
+            max_steps: None,
+            batch_size: 8,
+            micro_batch_tokens: 2048,
+            grad_clip: 1.0,
+            weight_decay: 0.0,
+            beta1: 0.9,
+            beta2: 0.999,
+            seed: 42,
+            shuffle: true,
+            max_length: 1024,
+            loss_on: LossTokens::Assistant,
+            eval_every: 0,
+            checkpoint_every: 100,
+            checkpoint_seconds: 120,
+            time_limit: None,
+            dtype: WeightDtype::Bf16,
+            threads: None,
+            resume: false,
+            overwrite: false,
+            keep_work: false,
+        }
+    }
+}
+
+/// Keys that change neither the numbers nor the published weights; a resumed run may change them.
+const FREE_KEYS: &[&str] = &[
+    "model",
+    "data",
+    "valid",
+    "output",
+    "init_adapter",
+    "eval_every",
+    "checkpoint_every",
+    "checkpoint_seconds",
+    "time_limit",
+    "threads",
+    "resume",
+    "overwrite",
+    "keep_work",
+];
+
+impl TrainConfig {
+    /// Checks every value.
+    ///
+    /// # Errors
+    /// [`TrainError::Config`] with the first key that cannot be used, its value and what it may be.
+    pub fn validate(&self) -> Result<(), TrainError> {
+        let unit = 0.0..1.0;
+        require(!self.model.is_empty(), "model", &"", "a model folder")?;
+        require(!self.data.as_os_str().is_empty(), "data", &"", "a file of rows")?;
+        require(!self.output.as_os_str().is_empty(), "output", &"", "a folder to write")?;
+        require(self.rank > 0, "rank", &self.rank, "at least 1")?;
+        require(self.alpha.is_finite() && self.alpha > 0.0, "alpha", &self.alpha, "above 0")?;
+        require(unit.contains(&self.dropout), "dropout", &self.dropout, "0 to below 1")?;
+        let lr = self.lr.unwrap_or(1.0);
+        require(lr.is_finite() && lr >= 0.0, "lr", &lr, "0 or more")?;
+        let ratio = self.warmup_ratio;
+        require((0.0..=1.0).contains(&ratio), "warmup_ratio", &ratio, "0 to 1")?;
+        let epochs = self.epochs;
+        require(epochs.is_finite() && epochs > 0.0, "epochs", &epochs, "above 0")?;
+        require(self.max_steps != Some(0), "max_steps", &0, "at least 1")?;
+        require(self.batch_size > 0, "batch_size", &self.batch_size, "at least 1")?;
+        let tokens = self.micro_batch_tokens;
+        require(tokens > 0, "micro_batch_tokens", &tokens, "at least 1")?;
+        require(self.grad_clip >= 0.0, "grad_clip", &self.grad_clip, "0 or more")?;
+        let decay = self.weight_decay;
+        require(decay.is_finite() && decay >= 0.0, "weight_decay", &decay, "0 or more")?;
+        require(unit.contains(&self.beta1), "beta1", &self.beta1, "0 to below 1")?;
+        require(unit.contains(&self.beta2), "beta2", &self.beta2, "0 to below 1")?;
+        require(self.max_length >= 2, "max_length", &self.max_length, "at least 2")?;
+        require(self.checkpoint_every > 0, "checkpoint_every", &0, "at least 1")?;
+        let minutes = self.time_limit.unwrap_or(1.0);
+        require(minutes.is_finite() && minutes > 0.0, "time_limit", &minutes, "above 0")?;
+        require(self.threads != Some(0), "threads", &0, "at least 1")?;
+        self.targets.projections()?;
+        let adapter_only = self.method == Method::Lora || self.init_adapter.is_none();
+        require(adapter_only, "init_adapter", &"set", "unset with method full")
+    }
+
+    /// The peak learning rate: as given, else 2e-4 for LoRA, 2e-5 for all weights of a trained
+    /// model and 1e-3 from random ones.
+    #[must_use]
+    pub fn learning_rate(&self, from_random: bool) -> f64 {
+        let default = match self.method {
+            Method::Lora => 2e-4,
+            Method::Full if from_random => 1e-3,
+            Method::Full => 2e-5,
+        };
+        self.lr.unwrap_or(default)
+    }
+
+    /// The fresh adapter that is asked for.
+    ///
+    /// # Errors
+    /// [`TrainError::Config`] for a target that is no projection.
+    pub fn lora(&self) -> Result<LoraConfig, TrainError> {
+        Ok(LoraConfig {
+            rank: self.rank,
+            alpha: self.alpha,
+            dropout: self.dropout,
+            targets: self.targets.projections()?,
+            use_rslora: self.rslora,
+        })
+    }
+
+    /// The keys and values that decide the numbers of the run. A run resumes only where they are
+    /// the same.
+    #[must_use]
+    pub fn recipe(&self) -> Map<String, Value> {
+        let all = serde_json::to_value(self).expect("a plain struct is always JSON");
+        let Value::Object(mut all) = all else { unreachable!("a struct is a JSON object") };
+        all.retain(|key, _| !FREE_KEYS.contains(&key.as_str()));
+        all
+    }
+}
+
+fn require(
+    holds: bool,
+    key: &'static str,
+    value: &dyn fmt::Debug,
+    allowed: &'static str,
+) -> Result<(), TrainError> {
+    let error = || TrainError::Config { key, value: format!("{value:?}"), allowed };
+    holds.then_some(()).ok_or_else(error)
+}
+
+impl Targets {
+    /// The projections meant, in the order of the forward pass.
+    ///
+    /// # Errors
+    /// [`TrainError::Config`] for a name that is no projection, or an empty list.
+    pub fn projections(&self) -> Result<Vec<Projection>, TrainError> {
+        const ALLOWED: &str = "all-linear, or a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj";
+        if self.0.iter().any(|name| name == "all-linear") {
+            return Ok(Projection::ALL.to_vec());
+        }
+        for name in &self.0 {
+            require(Projection::from_name(name).is_some(), "targets", name, ALLOWED)?;
+        }
+        require(!self.0.is_empty(), "targets", &self.0, ALLOWED)?;
+        let named = |p: &Projection| self.0.iter().any(|name| name == p.name());
+        Ok(Projection::ALL.into_iter().filter(named).collect())
+    }
+}
+
+impl<'de> Deserialize<'de> for Targets {
+    /// A list of names, or one string with the names separated by commas.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum OneOrMany {
+            One(String),
+            Many(Vec<String>),
+        }
+        Ok(Self(match OneOrMany::deserialize(deserializer)? {
+            OneOrMany::Many(names) => names,
+            OneOrMany::One(names) => names.split(',').map(|name| name.trim().to_owned()).collect(),
+        }))
+    }
+}
+
+impl From<LossTokens> for LossOn {
+    fn from(tokens: LossTokens) -> Self {
+        match tokens {
+            LossTokens::Assistant => Self::Assistant,
+            LossTokens::All => Self::All,
+        }
+    }
+}

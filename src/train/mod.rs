@@ -1,0 +1,188 @@
+//! FLOOR 5. Training: examples in, an adapter (or a model) folder out. What it does: the loop of
+//! forward, backward, clip and update, checkpoints that a killed run continues from with the same
+//! bits, events, and the published folder with its card. What it knows: examples, the decoder,
+//! adapters. What it must never know: text, requests, the command line; it is told when to stop and
+//! tells what happens through an observer.
+
+mod backward;
+mod batches;
+mod checkpoint;
+mod config;
+mod events;
+mod optimizer;
+mod output;
+mod recipe;
+mod report;
+mod schedule;
+mod trainable;
+mod trainer;
+mod workers;
+mod workspace;
+
+use std::{io, path::PathBuf};
+
+pub use backward::{Gradients, clip_factor};
+pub use batches::{BatchPlan, MicroBatch, split_by_tokens};
+pub use checkpoint::{Checkpoint, newest_checkpoint, write_checkpoint};
+pub use config::{LossTokens, Method, ScheduleKind, Targets, TrainConfig, WeightDtype};
+pub use events::{EventLog, TrainEvent};
+pub use optimizer::{AdamW, AdamWConfig, Moments};
+pub use recipe::Recipe;
+pub use report::loss_curve_svg;
+pub use schedule::{Schedule, warmup_steps};
+pub use trainer::run;
+pub use workspace::work_dir;
+
+use crate::adapters::AdapterError;
+use crate::data::Example;
+use crate::model::ModelError;
+
+/// A run, ready to start: everything that had to be read, resolved or tokenised is.
+#[derive(Debug, Clone)]
+pub struct TrainJob {
+    /// What is asked for.
+    pub config: TrainConfig,
+    /// The base's folder in Hub layout.
+    pub model_dir: PathBuf,
+    /// Training examples.
+    pub train: Vec<Example>,
+    /// Validation examples; empty = no validation.
+    pub valid: Vec<Example>,
+    /// Where the examples came from, for the card.
+    pub sources: Vec<DataSource>,
+}
+
+/// A data file, as the card names it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct DataSource {
+    /// "train" or "valid".
+    pub role: &'static str,
+    /// File name.
+    pub file: String,
+    /// SHA-256 of its content, hex.
+    pub sha256: String,
+    /// Rows in it.
+    pub num_rows: usize,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps are made and the output is published.
+    Finished,
+    /// The time limit was reached; what there was is published.
+    TimeLimit,
+    /// Asked to stop; a checkpoint waits for `resume`.
+    Stopped,
+}
+
+/// What a run leaves behind.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainSummary {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Optimizer steps made, over all resumptions.
+    pub step: usize,
+    /// Optimizer steps planned.
+    pub total_steps: usize,
+    /// Loss of the last step, nats per trained token; `None` before the first step.
+    pub loss: Option<f64>,
+    /// Loss and token accuracy on the validation rows at the end.
+    pub valid: Option<(f64, f64)>,
+    /// The published folder, or the checkpoint's when stopped.
+    pub path: PathBuf,
+    /// Digest of the published adapter, or of the model's weights file (method full); empty when
+    /// stopped.
+    pub digest: String,
+    /// Wall time of this process's share, in seconds.
+    pub seconds: f64,
+}
+
+/// Why a run cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// A value that cannot be used.
+    #[error("{key} is {value}, but must be {allowed}")]
+    Config {
+        /// The key.
+        key: &'static str,
+        /// Its value.
+        value: String,
+        /// What it may be.
+        allowed: &'static str,
+    },
+    /// No examples, or none with a trained token.
+    #[error("there is nothing to train on: {0}")]
+    NoExamples(&'static str),
+    /// A token id that the model has no row for.
+    #[error("line {line} has token {token}, but the model's vocabulary ends at {vocab_size}")]
+    Vocabulary {
+        /// Line in the data file.
+        line: usize,
+        /// The token.
+        token: u32,
+        /// Number of ids the model knows.
+        vocab_size: usize,
+    },
+    /// The output folder exists.
+    #[error("{} exists already; choose another output or pass overwrite", .0.display())]
+    OutputExists(PathBuf),
+    /// An unfinished run is there.
+    #[error("{} holds an unfinished run; pass resume to continue it or overwrite to drop it", .0.display())]
+    Unfinished(PathBuf),
+    /// Another process has the work folder.
+    #[error("another process is training into {}", .0.display())]
+    Busy(PathBuf),
+    /// A checkpoint of a different run.
+    #[error("the checkpoint in {} was made with other settings: {difference}", path.display())]
+    OtherRun {
+        /// The checkpoint.
+        path: PathBuf,
+        /// Which key differs, and both values.
+        difference: String,
+    },
+    /// A loss or a gradient that is not a number.
+    #[error("the {what} is {value} at step {step}; a lower lr or a smaller grad_clip may help")]
+    NotFinite {
+        /// "loss" or "gradient norm".
+        what: &'static str,
+        /// Its value.
+        value: f64,
+        /// The step, counted from 1.
+        step: usize,
+    },
+    /// A graph that is cut somewhere.
+    #[error("no gradient reaches {parameter}")]
+    NoGradient {
+        /// The parameter.
+        parameter: String,
+    },
+    /// A checkpoint that cannot be used.
+    #[error("{}: {reason}", path.display())]
+    Checkpoint {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A file that cannot be read or written.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// Reading or writing where no single file is to blame.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// The model.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The adapter.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    /// A tensor operation.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}

@@ -1,0 +1,105 @@
+//! `<output>.work`: where a run keeps its checkpoints and events until its output is published.
+
+use std::{
+    ffi::OsString,
+    fs::{self, File, TryLockError},
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+use super::TrainError;
+
+/// Name of the event log, here and in the published folder.
+pub(super) const EVENTS_FILE: &str = "events.jsonl";
+
+/// The work folder that belongs to `output`.
+#[must_use]
+pub fn work_dir(output: &Path) -> PathBuf {
+    let mut name = output.file_name().unwrap_or_default().to_os_string();
+    name.push(".work");
+    output.with_file_name(name)
+}
+
+/// The work folder of a running process. Holds its lock until dropped.
+pub(super) struct Workspace {
+    dir: PathBuf,
+    output_name: OsString,
+    events: File,
+    /// Locked: two processes must not train into the same output.
+    _lock: File,
+}
+
+impl Workspace {
+    /// Opens the work folder of `output`, or makes it, and removes what a killed process left half
+    /// written.
+    pub(super) fn open(output: &Path) -> Result<Self, TrainError> {
+        let dir = work_dir(output);
+        let at = |path: &Path| {
+            let path = path.to_owned();
+            move |source| TrainError::File { path, source }
+        };
+        fs::create_dir_all(dir.join("checkpoints")).map_err(at(&dir))?;
+        let lock_path = dir.join("lock");
+        let lock = File::create(&lock_path).map_err(at(&lock_path))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(TrainError::Busy(output.to_owned())),
+            Err(TryLockError::Error(source)) => {
+                return Err(TrainError::File { path: lock_path, source });
+            }
+        }
+        remove_temporaries(&dir.join("checkpoints"), "")?;
+        if let (Some(parent), Some(name)) = (output.parent(), output.file_name()) {
+            let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+            remove_temporaries(parent, &name.to_string_lossy())?;
+        }
+        let events_path = dir.join(EVENTS_FILE);
+        let mut options = File::options();
+        let events = options.create(true).append(true).open(&events_path);
+        let output_name = output.file_name().unwrap_or_default().to_owned();
+        Ok(Self { events: events.map_err(at(&events_path))?, dir, output_name, _lock: lock })
+    }
+
+    /// Where the checkpoints are.
+    pub(super) fn checkpoints(&self) -> PathBuf {
+        self.dir.join("checkpoints")
+    }
+
+    /// Makes `text` the whole event log: what came after the checkpoint never happened.
+    pub(super) fn rewrite_events(&mut self, text: &str) -> Result<(), TrainError> {
+        self.events.set_len(0)?;
+        self.append_event(text)
+    }
+
+    /// Adds a line to the event log.
+    pub(super) fn append_event(&mut self, line: &str) -> Result<(), TrainError> {
+        Ok(self.events.write_all(line.as_bytes())?)
+    }
+
+    /// Removes the folder; the output is published. It loses its name first, so that a process
+    /// killed meanwhile leaves nothing that looks like an unfinished run.
+    pub(super) fn remove(self) -> Result<(), TrainError> {
+        let mut name = self.output_name.clone();
+        name.push(format!(".tmp-{}-work", std::process::id()));
+        let aside = self.dir.with_file_name(name);
+        fs::rename(&self.dir, &aside)?;
+        Ok(fs::remove_dir_all(&aside)?)
+    }
+}
+
+/// Removes folders `<name>….tmp-…` in `dir`, which a process that was killed while it published
+/// left behind. The lock says that no living process uses them.
+fn remove_temporaries(dir: &Path, name: &str) -> Result<(), TrainError> {
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let file_name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let ours = match file_name.split_once(".tmp-") {
+            Some((before, _)) => name.is_empty() || before == name,
+            None => false,
+        };
+        if ours && path.is_dir() {
+            fs::remove_dir_all(&path)?;
+        }
+    }
+    Ok(())
+}
