@@ -17,7 +17,7 @@ RUN find src -type f -exec touch {} + \
  && cargo build --release --locked
 
 # 3. Folders that the unprivileged user owns, as a volume takes its owner from the image.
-RUN mkdir -p /empty/models /empty/adapters /empty/work
+RUN mkdir -p /empty/models /empty/adapters /empty/data
 
 # C library, CA certificates, a user without rights; no shell.
 FROM gcr.io/distroless/cc-debian12:nonroot
@@ -26,14 +26,14 @@ COPY LICENSE /usr/share/doc/tunesmith/LICENSE
 COPY models /usr/share/tunesmith/models
 COPY --from=build --chown=nonroot:nonroot /empty/models /models
 COPY --from=build --chown=nonroot:nonroot /empty/adapters /adapters
-COPY --from=build --chown=nonroot:nonroot /empty/work /work
+COPY --from=build --chown=nonroot:nonroot /empty/data /data
 
 # Serving other machines asks for TUNESMITH_API_KEY or TUNESMITH_API_KEY_FILE.
 ENV TUNESMITH_HOST=0.0.0.0 \
     TUNESMITH_PORT=8000 \
     TUNESMITH_MODELS=/usr/share/tunesmith/models \
     HF_HOME=/models/huggingface
-WORKDIR /work
+WORKDIR /data
 USER nonroot
 VOLUME ["/models", "/adapters"]
 EXPOSE 8000

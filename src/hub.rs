@@ -98,12 +98,14 @@ pub enum HubError {
         reason: String,
     },
     /// The network, the Hub or the disk failed.
-    #[error("cannot download {repo}")]
+    #[error("cannot download {repo} from {endpoint}: {reason}")]
     Download {
         /// The repository.
         repo: Repo,
-        /// What failed.
-        source: Box<dyn std::error::Error + Send + Sync>,
+        /// The Hub that was asked.
+        endpoint: String,
+        /// The first cause, in its own words.
+        reason: String,
     },
 }
 

@@ -71,8 +71,9 @@ static METRICS: OnceLock<PrometheusHandle> = OnceLock::new();
 /// Sends log lines to stderr: as text, or as JSON with `TUNESMITH_LOG_FORMAT=json`. `TUNESMITH_LOG`
 /// holds the filter (`debug`, `tunesmith::api=trace,warn`). A second call changes nothing.
 pub fn init_tracing() {
-    let filter =
-        std::env::var("TUNESMITH_LOG").unwrap_or_else(|_| "warn,tunesmith=info".to_owned());
+    // What hf-hub logs as an error, it also returns as one.
+    let filter = std::env::var("TUNESMITH_LOG")
+        .unwrap_or_else(|_| "warn,hf_hub=off,tunesmith=info".to_owned());
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(filter))
         .with_writer(io::stderr)

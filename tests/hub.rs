@@ -101,6 +101,16 @@ mod downloads {
     }
 
     #[test]
+    fn a_hub_that_does_not_answer_is_named_with_the_cause_once() {
+        let home = TempDir::new();
+        let pulled = run(&home, &NOBODY, &["pull", "kitchen/tiny"]);
+        assert_eq!(pulled.status.code(), Some(1));
+        let expected = format!("error: cannot download kitchen/tiny from {}: ", NOBODY[0].1);
+        assert!(stderr(&pulled).starts_with(&expected), "{}", stderr(&pulled));
+        assert_eq!(stderr(&pulled).lines().count(), 1, "{}", stderr(&pulled));
+    }
+
+    #[test]
     fn what_the_hub_does_not_have_or_cannot_be_used_is_explained() {
         let (home, hub) = (TempDir::new(), Hub::start());
         for (name, words) in [

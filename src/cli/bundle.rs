@@ -9,26 +9,35 @@ use std::process::ExitCode;
 use anyhow::Context;
 use serde_json::{Value, json};
 
-use crate::data::kitchen::{Split, Stage, corpus, recipe_assistant};
+use crate::data::kitchen::{
+    Split, Stage, copies_of_tokens, corpus, plain_recipes, recipe_assistant,
+};
 use crate::text::bpe::{SPECIAL_TOKENS, write_chat_tokenizer};
 
-/// Rows of the base corpus: copying, kitchen, and held-out rows of each.
-const CORPUS_ROWS: [(&str, Stage, usize, u64); 4] = [
-    ("copying.jsonl", Stage::Copying, 40_000, 1),
-    ("kitchen.jsonl", Stage::Kitchen, 80_000, 1),
-    ("copying-valid.jsonl", Stage::Copying, 100, 2),
-    ("kitchen-valid.jsonl", Stage::Kitchen, 100, 2),
-];
+/// Rows of the first stage of the base's training, copies of tokens; and of those in the mix.
+const TOKEN_ROWS: (usize, usize) = (40_000, 10_000);
+
+/// Rows of the kitchen's exercises, and of copies of its words, in the second stage's mix.
+const MIX_ROWS: (usize, usize) = (40_000, 10_000);
+
+/// Rows of the third stage: the kitchen's exercises only.
+const KITCHEN_ROWS: usize = 14_000;
+
+/// Rows of each kind for the validation loss.
+const VALID_ROWS: usize = 100;
 
 /// Rows of the demo's dataset.
 const DEMO_ROWS: [(&str, Split, usize); 3] = [
-    ("train.jsonl", Split::Train, 1_000),
+    ("train.jsonl", Split::Train, 3_000),
     ("valid.jsonl", Split::Valid, 100),
     ("test.jsonl", Split::Test, 200),
 ];
 
-/// Rows of each stage from which the tokenizer learns its words.
+/// Rows of each kind of exercise from which the tokenizer learns its words.
 const TOKENIZER_ROWS: usize = 8_000;
+
+/// Rows of the demo from which it learns them as well.
+const TOKENIZER_DEMO_ROWS: usize = 1_000;
 
 /// Vocabulary of the tokenizer: small, so that a food nobody has seen is still a few known pieces.
 const VOCAB_SIZE: usize = 1_536;
@@ -38,7 +47,7 @@ const VOCAB_SIZE: usize = 1_536;
 pub(super) struct Args {
     /// Folder to write into; gets `corpus/`, `tiny-kitchen-untrained/` and `recipe-assistant/`.
     #[arg(long, default_value = "models")]
-    output: PathBuf,
+    pub(super) output: PathBuf,
 }
 
 /// Runs the command.
@@ -48,30 +57,42 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
         Ok(dir)
     };
-    let mut words = Vec::new();
-    let dir = folder("corpus")?;
-    for (name, stage, num_rows, seed) in CORPUS_ROWS {
-        let rows = corpus(stage, num_rows, seed);
-        write_rows(&dir.join(name), &rows)?;
-        rows.iter().take(TOKENIZER_ROWS).for_each(|row| collect_texts(row, &mut words));
-    }
-    let dir = folder("recipe-assistant")?;
+    let demo_dir = folder("recipe-assistant")?;
     for (name, split, num_rows) in DEMO_ROWS {
-        let rows = recipe_assistant(split, num_rows, 1);
-        write_rows(&dir.join(name), &rows)?;
-        if split == Split::Train {
-            rows.iter().for_each(|row| collect_texts(row, &mut words));
-        }
+        write_rows(&demo_dir.join(name), &recipe_assistant(split, num_rows, 1))?;
     }
-    let dir = folder("tiny-kitchen-untrained")?;
-    write_chat_tokenizer(&dir, words.iter().map(String::as_str), VOCAB_SIZE)?;
-    write_json(&dir.join("config.json"), &model_config())?;
-    write_json(&dir.join("generation_config.json"), &generation_config())?;
+
+    let mut kitchen = corpus(Stage::Kitchen, MIX_ROWS.0 + KITCHEN_ROWS, 1);
+    let last_stage = kitchen.split_off(MIX_ROWS.0);
+    let copying = corpus(Stage::Copying, MIX_ROWS.1, 1);
+    let demo = plain_recipes(TOKENIZER_DEMO_ROWS, 1);
+    let texts: Vec<String> = copying[..TOKENIZER_ROWS]
+        .iter()
+        .chain(&kitchen[..TOKENIZER_ROWS])
+        .chain(&demo)
+        .flat_map(texts_of)
+        .collect();
+    let model_dir = folder("tiny-kitchen-untrained")?;
+    let vocabulary =
+        write_chat_tokenizer(&model_dir, texts.iter().map(String::as_str), VOCAB_SIZE)?;
+    write_json(&model_dir.join("config.json"), &model_config())?;
+    write_json(&model_dir.join("generation_config.json"), &generation_config())?;
+
+    let mut tokens = copies_of_tokens(&vocabulary, TOKEN_ROWS.0 + TOKEN_ROWS.1, 1);
+    let mix = [kitchen, copying, tokens.split_off(TOKEN_ROWS.0)].concat();
+    let corpus_dir = folder("corpus")?;
+    write_rows(&corpus_dir.join("copy.jsonl"), &tokens)?;
+    write_rows(&corpus_dir.join("mix.jsonl"), &mix)?;
+    write_rows(&corpus_dir.join("kitchen.jsonl"), &last_stage)?;
+    let held_out = copies_of_tokens(&vocabulary, VALID_ROWS, 2);
+    write_rows(&corpus_dir.join("copy-valid.jsonl"), &held_out)?;
+    let held_out = corpus(Stage::Kitchen, VALID_ROWS, 2);
+    write_rows(&corpus_dir.join("kitchen-valid.jsonl"), &held_out)?;
     println!("wrote corpus, tokenizer, configuration and demo rows to {}", args.output.display());
     Ok(ExitCode::SUCCESS)
 }
 
-/// A Llama of 3.3 M parameters.
+/// A Llama of 3.3 M parameters, small enough to train from nothing on a CPU.
 fn model_config() -> Value {
     json!({
         "architectures": ["LlamaForCausalLM"],
@@ -114,12 +135,11 @@ fn special_token_id(token: &str) -> Option<usize> {
     SPECIAL_TOKENS.iter().position(|special| *special == token)
 }
 
-fn collect_texts(row: &Value, texts: &mut Vec<String>) {
-    for message in row["messages"].as_array().into_iter().flatten() {
-        for key in ["role", "content"] {
-            texts.extend(message[key].as_str().map(str::to_owned));
-        }
-    }
+/// `role`, a line's end and the content, for each message.
+fn texts_of(row: &Value) -> Vec<String> {
+    let messages = row["messages"].as_array().into_iter().flatten();
+    let text = |message: &Value, key: &str| message[key].as_str().unwrap_or_default().to_owned();
+    messages.map(|m| format!("{}\n{}", text(m, "role"), text(m, "content"))).collect()
 }
 
 fn write_rows(path: &Path, rows: &[Value]) -> anyhow::Result<()> {

@@ -1,7 +1,7 @@
 //! FLOOR 4. Many requests, one model: continuous batching on one thread.
 //!
 //! [`spawn`] starts the engine thread and returns an [`EngineHandle`]. A [`GenerationRequest`] given to
-//! the handle becomes a [`Sequence`](sequence) that the [scheduler] places into steps: each step
+//! the handle becomes a `Sequence` that the scheduler places into steps: each step
 //! is one forward pass over a ragged batch of decode rows and prefill chunks of different adapters.
 //! What a request yields comes back as [`GenerationEvent`]s; dropping the stream cancels it.
 //!

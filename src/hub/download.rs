@@ -42,7 +42,7 @@ pub(super) fn snapshot(
         .worker_threads(2)
         .enable_all()
         .build()
-        .map_err(|error| failed(repo, error))?;
+        .map_err(|error| failed(repo, "the Hub", &error))?;
     runtime.block_on(download(repo, cache, Meter::new(on_progress)))
 }
 
@@ -56,8 +56,8 @@ async fn download(
         .cache_dir(cache)
         .user_agent(concat!("tunesmith/", env!("CARGO_PKG_VERSION")))
         .build()
-        .map_err(|error| failed(repo, error))?;
-    let refused = |error| explain(repo, client.endpoint(), error);
+        .map_err(|error| failed(repo, "the Hub", &error))?;
+    let refused = |error| explain(repo, client.endpoint(), &error);
     let (owner, name) = split_id(&repo.id);
     let remote = client.model(owner, name);
     // 2. What there is, and what of it is wanted.
@@ -125,19 +125,24 @@ fn wanted(names: &[String]) -> Result<Vec<String>, String> {
     Ok(names.iter().filter(is_wanted).cloned().collect())
 }
 
-fn failed(repo: &Repo, error: impl Error + Send + Sync + 'static) -> HubError {
-    HubError::Download { repo: repo.clone(), source: Box::new(error) }
+/// Each error repeats the one it was caused by, so the first one says it all.
+fn failed(repo: &Repo, endpoint: &str, error: &dyn Error) -> HubError {
+    let mut cause = error;
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
+    }
+    let (endpoint, reason) = (endpoint.to_owned(), cause.to_string());
+    HubError::Download { repo: repo.clone(), endpoint, reason }
 }
 
-fn explain(repo: &Repo, endpoint: &str, error: HFError) -> HubError {
-    let (repo, endpoint) = (repo.clone(), endpoint.to_owned());
+fn explain(repo: &Repo, endpoint: &str, error: &HFError) -> HubError {
     if matches!(error, HFError::AuthRequired { .. } | HFError::Forbidden { .. }) {
-        return HubError::Denied { repo, endpoint };
+        return HubError::Denied { repo: repo.clone(), endpoint: endpoint.to_owned() };
     }
     if matches!(error, HFError::RepoNotFound { .. } | HFError::RevisionNotFound { .. }) {
-        return HubError::NotFound { repo, endpoint };
+        return HubError::NotFound { repo: repo.clone(), endpoint: endpoint.to_owned() };
     }
-    HubError::Download { repo, source: Box::new(error) }
+    failed(repo, endpoint, error)
 }
 
 /// Adds the files' progress up.

@@ -39,7 +39,7 @@ const PIECES: &str = r"\p{L}+(?: (?=\p{L}))?|\p{N} ?|[^\p{L}\p{N}\s]+ ?|\s+";
 
 /// Trains on `texts` and writes `tokenizer.json` and `tokenizer_config.json` into `dir`, which
 /// must exist. `vocab_size` counts the 256 bytes and the [`SPECIAL_TOKENS`]. Equal texts in equal
-/// order give equal files.
+/// order give equal files. Returns the texts of the tokens, in the order of their ids.
 ///
 /// # Errors
 /// [`BpeError`] if the library or the disk refuses.
@@ -47,7 +47,7 @@ pub fn write_chat_tokenizer<'a>(
     dir: &Path,
     texts: impl Iterator<Item = &'a str> + Send,
     vocab_size: usize,
-) -> Result<(), BpeError> {
+) -> Result<Vec<String>, BpeError> {
     let specials: Vec<AddedToken> =
         SPECIAL_TOKENS.iter().map(|token| AddedToken::from(*token, true)).collect();
     let mut trainer = BpeTrainerBuilder::new()
@@ -81,7 +81,8 @@ pub fn write_chat_tokenizer<'a>(
         "chat_template": CHATML,
     });
     fs::write(dir.join("tokenizer_config.json"), format!("{config:#}\n"))?;
-    Ok(())
+    let ids = 0..tokenizer.get_vocab_size(true) as u32;
+    Ok(ids.map(|id| tokenizer.decode(&[id], false)).collect::<Result<_, _>>()?)
 }
 
 #[cfg(test)]

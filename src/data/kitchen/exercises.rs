@@ -4,7 +4,7 @@
 use super::chat::Chat;
 use super::line::{Line, Pantry, food, invented_word};
 use super::rng::Rng;
-use super::words::{DISHES, FACTS, FOODS, KINDS, MOODS, PLAIN, UNITS};
+use super::words::{CUTS, DISHES, FACTS, FOODS, KINDS, MANNERS, MOODS, PLAIN, SIZES, UNITS};
 
 /// Characters of a row's messages, at least; short rows keep the copies dense.
 const SHORT_ROW: usize = 360;
@@ -12,20 +12,46 @@ const SHORT_ROW: usize = 360;
 /// Characters of the few long rows, as long as a prompt with three examples.
 const LONG_ROW: usize = 1_300;
 
-/// A row of copies: some words, then the same words again, several times.
+/// A row of copies of the kitchen's words.
 pub(super) fn copying(rng: &mut Rng) -> Chat {
+    copies(rng, known_word)
+}
+
+/// A row of copies of anything: names nobody has seen, numbers, words.
+fn copying_anything(rng: &mut Rng) -> Chat {
+    copies(rng, any_word)
+}
+
+fn copies(rng: &mut Rng, word: fn(&mut Rng) -> String) -> Chat {
     let mut chat = Chat::default();
-    while chat.num_chars() < 150 {
-        let count = rng.between(2, 6);
-        let words = some_words(rng, count);
-        let times = rng.between(1, 4);
-        let user = match times {
-            1 => format!("Say: {words}"),
-            _ => format!("Say {times} times: {words}"),
-        };
-        chat.turn(user, vec![words.as_str(); times].join("\n"));
+    while chat.num_chars() < 200 {
+        let words: Vec<String> = (0..rng.between(3, 10)).map(|_| word(rng)).collect();
+        let words = words.join(rng.pick(&[" ", " ", " ", " ", ", ", "\n"]));
+        add_copies(&mut chat, &words, rng.between(1, 4));
     }
     chat
+}
+
+fn add_copies(chat: &mut Chat, words: &str, times: usize) {
+    let user = match times {
+        1 => format!("Say: {words}"),
+        _ => format!("Say {times} times: {words}"),
+    };
+    chat.turn(user, vec![words; times].join("\n"));
+}
+
+fn known_word(rng: &mut Rng) -> String {
+    let lists = [FOODS, FOODS, KINDS, UNITS, PLAIN, CUTS, SIZES, MANNERS, DISHES, MOODS];
+    let list = lists[rng.between(0, lists.len() - 1)];
+    rng.pick(list).to_owned()
+}
+
+fn any_word(rng: &mut Rng) -> String {
+    match rng.between(0, 9) {
+        0..6 => invented_word(rng),
+        6 => rng.between(1, 99).to_string(),
+        _ => known_word(rng),
+    }
 }
 
 /// A row of one to some exercises, mostly about ingredient lines.
@@ -33,7 +59,7 @@ pub(super) fn kitchen(rng: &mut Rng) -> Chat {
     let mut chat = Chat::default();
     let length = if rng.chance(4) { LONG_ROW } else { SHORT_ROW };
     match rng.between(0, 99) {
-        0..8 => return copying(rng),
+        0..8 => return copying_anything(rng),
         8..40 => same_form(rng, &mut chat, length),
         40..82 => lists(rng, &mut chat, length),
         _ => {
@@ -157,20 +183,6 @@ pub(super) fn title(rng: &mut Rng) -> String {
 
 fn some_lines(rng: &mut Rng, low: usize, high: usize) -> Vec<Line> {
     (0..rng.between(low, high)).map(|_| Line::random(rng, Pantry::Invented)).collect()
-}
-
-fn some_words(rng: &mut Rng, count: usize) -> String {
-    let words: Vec<String> = (0..count)
-        .map(|_| match rng.between(0, 9) {
-            0..5 => invented_word(rng),
-            5 => rng.between(1, 99).to_string(),
-            6 => rng.pick(PLAIN).to_owned(),
-            7 => rng.pick(KINDS).to_owned(),
-            8 => rng.pick(UNITS).to_owned(),
-            _ => rng.pick(FOODS).to_owned(),
-        })
-        .collect();
-    words.join(rng.pick(&[" ", " ", " ", " ", ", ", "\n"]))
 }
 
 fn numbered(items: &[&str]) -> String {

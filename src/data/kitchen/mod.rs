@@ -13,17 +13,18 @@ mod line;
 mod rng;
 mod words;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use line::Pantry;
 use rng::Rng;
 
-/// One stage of the base model's training, in the order of training.
+/// A kind of chat rows of the base corpus. In training [`copies_of_tokens`] come first, then all
+/// three mixed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
-    /// Short, dense copies: until the model can repeat what it just read.
+    /// Copies of the kitchen's words.
     Copying,
-    /// All exercises mixed.
+    /// All exercises.
     Kitchen,
 }
 
@@ -32,7 +33,7 @@ pub enum Stage {
 pub enum Split {
     /// Rows to train on.
     Train,
-    /// Rows for the validation loss; the same foods as in training.
+    /// Rows for the validation loss; the same kinds of foods as in training.
     Valid,
     /// Rows to be judged by; about half of their foods occur nowhere else.
     Test,
@@ -49,15 +50,51 @@ pub fn corpus(stage: Stage, num_rows: usize, seed: u64) -> Vec<Value> {
     (0..num_rows).map(|_| exercise(&mut rng).into_row()).collect()
 }
 
+/// `num_rows` prompt/completion rows in which the same 3 to 12 tokens are repeated one to four
+/// times. Of `tokens` (texts of single tokens) only words that end in a space are used: whatever
+/// follows, they are read as the tokens they are.
+///
+/// This is the shortest way to find out that what followed a token will follow it again: every
+/// token is as likely as every other, so that nothing else can be learned. Words of several tokens
+/// and the frame of a chat hold that back for a long time.
+///
+/// # Panics
+/// If no token is a word that ends in a space.
+#[must_use]
+pub fn copies_of_tokens(tokens: &[String], num_rows: usize, seed: u64) -> Vec<Value> {
+    let letters = |word: &str| word.len() > 1 && word.chars().all(|c| c.is_ascii_alphabetic());
+    let words: Vec<&str> = tokens
+        .iter()
+        .filter(|text| text.strip_suffix(' ').is_some_and(letters))
+        .map(String::as_str)
+        .collect();
+    let mut rng = Rng::new(seed);
+    let row = |_| {
+        let count = rng.between(3, 12);
+        let text: String = (0..count).map(|_| rng.pick(&words)).collect();
+        let times = if count > 6 { rng.between(1, 3) } else { rng.between(2, 4) };
+        json!({"prompt": text, "completion": format!("\n{text}").repeat(times)})
+    };
+    (0..num_rows).map(row).collect()
+}
+
 /// `num_rows` chat rows of the demo's task.
 #[must_use]
 pub fn recipe_assistant(split: Split, num_rows: usize, seed: u64) -> Vec<Value> {
     let mut rng = Rng::new(seed ^ ((split as u64 + 11) << 32));
     let pantry = match split {
-        Split::Train | Split::Valid => Pantry::Known,
+        // Names that cannot be known by heart teach the adapter to read them off the line.
+        Split::Train | Split::Valid => Pantry::Invented,
         Split::Test => Pantry::HeldOut,
     };
     (0..num_rows).map(|_| demo::recipe_row(&mut rng, pantry).into_row()).collect()
+}
+
+/// `num_rows` rows of the demo's task about foods of the list only, for the tokenizer to learn from.
+#[must_use]
+pub fn plain_recipes(num_rows: usize, seed: u64) -> Vec<Value> {
+    let mut rng = Rng::new(seed ^ (11 << 32));
+    (0..num_rows).map(|_| demo::recipe_row(&mut rng, Pantry::Known).into_row()).collect()
 }
 
 #[cfg(test)]
@@ -89,6 +126,18 @@ mod tests {
         assert_eq!(held_out(&recipe_assistant(Split::Train, 1500, 1)), 0);
         assert_eq!(held_out(&recipe_assistant(Split::Valid, 300, 1)), 0);
         assert!(held_out(&recipe_assistant(Split::Test, 200, 1)) > 300);
+    }
+
+    #[test]
+    fn a_copy_consists_of_whole_tokens_and_is_repeated_word_for_word() {
+        let tokens = ["red ", "pan ", "soup", "; ", "x "].map(str::to_owned);
+        for row in copies_of_tokens(&tokens, 50, 1) {
+            let prompt = row["prompt"].as_str().unwrap();
+            let completion = row["completion"].as_str().unwrap();
+            assert!(prompt.split_terminator(' ').all(|word| word == "red" || word == "pan"));
+            let copies: Vec<&str> = completion.split('\n').skip(1).collect();
+            assert!(!copies.is_empty() && copies.iter().all(|copy| *copy == prompt));
+        }
     }
 
     #[test]
