@@ -26,29 +26,29 @@ use crate::text::{ChatTemplate, Tokenizer};
 #[derive(Args, Debug)]
 pub(super) struct CheckArgs {
     /// JSON lines: chat rows ({"messages": [...]}) or {"prompt": ..., "completion": ...}
-    data: PathBuf,
+    pub(super) data: PathBuf,
     /// Base model whose tokenizer and template count: a folder in Hub layout, or owner/name[@revision]
     /// on the Hub. Without it only the format is checked
     #[arg(long, short)]
-    model: Option<String>,
+    pub(super) model: Option<String>,
     /// Held-out rows: checked as well, and compared with DATA
     #[arg(long)]
-    valid: Option<PathBuf>,
+    pub(super) valid: Option<PathBuf>,
     /// Longest row in tokens; longer ones lose their end
     #[arg(long, default_value_t = 1024, value_parser = at_least_one)]
-    max_length: usize,
+    pub(super) max_length: usize,
     /// Tokens that the loss counts: `assistant` or `all`
     #[arg(long, default_value = "assistant")]
-    loss_on: LossOn,
+    pub(super) loss_on: LossOn,
     /// Passes over the data
     #[arg(long, default_value_t = 3.0)]
-    epochs: f64,
+    pub(super) epochs: f64,
     /// Rows per optimizer step
     #[arg(long, default_value_t = 8, value_parser = at_least_one)]
-    batch_size: usize,
+    pub(super) batch_size: usize,
     /// Print the tokens of the first N rows, trained ones in green (or in brackets)
     #[arg(long, value_name = "N", default_value_t = 0)]
-    show: usize,
+    pub(super) show: usize,
 }
 
 /// Prints the report; the exit code is 1 if there is any error in a row.

@@ -9,17 +9,19 @@ use std::{
     time::Instant,
 };
 
+use anyhow::{bail, ensure};
 use clap::Args;
 use serde_json::Value;
 
 use self::places::Places;
 use super::{
+    check::{self, CheckArgs},
     eval::{self, EvalArgs},
     progress::Progress,
     serve::{self, ServeArgs},
     train::{prepare, show_problems},
 };
-use crate::data::{Row, RowBody, read_rows, shared_prompts};
+use crate::data::{Row, RowBody, read_rows};
 use crate::eval::{EvalReport, Requirement, table};
 use crate::train::{TrainConfig, run as train};
 
@@ -73,7 +75,7 @@ pub(super) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
     let done = |start: Instant| println!("({:.1} s)", start.elapsed().as_secs_f64());
 
     let start = step(1, "check the data");
-    let question = check(&places)?;
+    let question = check(&places, &places.recipe()?)?;
     done(start);
 
     let start = step(2, "train an adapter");
@@ -108,28 +110,35 @@ pub(super) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
     })
 }
 
-/// Reads all rows; returns the messages of a held-out question to try.
-fn check(places: &Places) -> anyhow::Result<Vec<Value>> {
-    let read = |path: &Path| read_rows(path).map_err(show_problems);
-    let [train, valid, test] = [read(&places.train)?, read(&places.valid)?, read(&places.test)?];
-    println!(
-        "{}: {} rows to train on, {} to watch, {} to test; no errors",
-        show(&places.data),
-        train.len(),
-        valid.len(),
-        test.len()
-    );
-    let shared = shared_prompts(&train, &test);
-    println!("{} test questions occur in training", shared.len());
-    let Some(Row { body: RowBody::Chat { messages, .. }, .. }) = test.first() else {
-        anyhow::bail!("{} does not start with a chat row", places.test.display());
+/// What `tunesmith check` does with these flags, and a held-out row; returns that row's question.
+fn check(places: &Places, recipe: &TrainConfig) -> anyhow::Result<Vec<Value>> {
+    let args = CheckArgs {
+        data: places.train.clone(),
+        model: Some(show(&places.base)),
+        valid: Some(places.test.clone()),
+        max_length: recipe.max_length,
+        loss_on: recipe.loss_on.into(),
+        epochs: recipe.epochs,
+        batch_size: recipe.batch_size,
+        show: 0,
     };
-    let is_asked = |message: &&Value| message["role"] != "assistant";
+    println!(
+        "$ tunesmith check {} --model {} --valid {}",
+        show(&places.train),
+        show(&places.base),
+        show(&places.test)
+    );
+    ensure!(check::run(&args)? == ExitCode::SUCCESS, "the bundled data has errors");
+    let rows = read_rows(&places.test).map_err(show_problems)?;
+    let Some(Row { body: RowBody::Chat { messages, .. }, .. }) = rows.first() else {
+        bail!("{} does not start with a chat row", show(&places.test));
+    };
+    println!("\nthe first row to test with:");
     for message in messages {
-        let (role, content) = (&message["role"], &message["content"]);
-        let (role, content) = (role.as_str().unwrap_or(""), content.as_str().unwrap_or(""));
-        println!("  {role:>9}  {}", content.replace('\n', "\n             "));
+        let [role, content] = ["role", "content"].map(|key| message[key].as_str().unwrap_or(""));
+        println!("{role:>11}  {}", content.trim_end().replace('\n', "\n             "));
     }
+    let is_asked = |message: &&Value| message["role"] != "assistant";
     Ok(messages.iter().filter(is_asked).cloned().collect())
 }
 

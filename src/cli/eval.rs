@@ -248,8 +248,8 @@ fn warn_of_shared_rows(report: &mut EvalReport, train: &[Row], evaluated: &[Row]
     let shared = shared_prompts(train, evaluated);
     if !shared.is_empty() {
         report.warnings.push(format!(
-            "{} of {} questions are among the rows to train on too (line {} is line {} there): \
-             they measure memory",
+            "{} of {} questions occur among the training or example rows too (line {} is line {} \
+             there): they measure memory",
             shared.len(),
             evaluated.len(),
             shared[0].valid_line,

@@ -31,7 +31,8 @@ pub fn render(report: &EvalReport) -> String {
         model = escape(&report.metadata.model),
     );
     for verdict in table::verdicts(report) {
-        let _ = writeln!(page, "<p class=\"verdict\">{}</p>", escape(&verdict));
+        let class = if verdict.is_win { "verdict win" } else { "verdict" };
+        let _ = writeln!(page, "<p class=\"{class}\">{}</p>", escape(&verdict.text));
     }
     for warning in &report.warnings {
         let _ = writeln!(page, "<p class=\"note\">{}</p>", escape(warning));

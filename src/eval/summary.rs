@@ -1,7 +1,10 @@
 //! From raw outcomes to a report: grades answers, averages arms, compares them pairwise.
 
+use serde_json::Value;
+
 use super::{
     Arm, EvalReport,
+    arms::TUNED,
     compare::{
         MIN_ROWS, holm, mcnemar_exact, mean, mean_interval, minimum_detectable_difference,
         paired_bootstrap, percentile,
@@ -152,8 +155,11 @@ fn warnings(arms: &[ArmReport], comparisons: &[Comparison], rows: usize) -> Vec<
             "cannot conclude: {rows} rows are too few, use at least {MIN_ROWS} (better 200)"
         ));
     }
+    let is_tuned = |name: &str| name.split(':').next() == Some(TUNED);
+    let any_tuned = arms.iter().any(|arm| is_tuned(&arm.name));
     for pair in comparisons.iter().filter(|pair| pair.metric == GRADERS[0].name) {
-        if !pair.is_significant() {
+        // Where an adapter takes part, nobody asks how the arms without one compare.
+        if !pair.is_significant() && (!any_tuned || is_tuned(&pair.a) || is_tuned(&pair.b)) {
             warnings.push(format!(
                 "{} and {} cannot be told apart by {}: {rows} rows show differences from about \
                  {:.0} points on (p={} here)",
@@ -181,9 +187,13 @@ fn warnings(arms: &[ArmReport], comparisons: &[Comparison], rows: usize) -> Vec<
 
 /// The end of the last message: long contexts come first, the question last.
 fn question_tail(question: &Question) -> String {
-    let Some(message) = question.messages.last() else { return String::new() };
-    let content = &message["content"];
-    let text = content.as_str().map_or_else(|| content.to_string(), str::to_owned);
+    let content = question.messages.last().map_or(&Value::Null, |message| &message["content"]);
+    let text = match (&question.raw_prompt, content) {
+        (Some(prompt), _) => prompt.clone(),
+        (None, Value::String(text)) => text.clone(),
+        (None, Value::Null) => String::new(),
+        (None, other) => other.to_string(),
+    };
     match text.char_indices().rev().nth(MAX_QUESTION_CHARS) {
         Some((cut, c)) => format!("…{}", &text[cut + c.len_utf8()..]),
         None => text,

@@ -8,6 +8,15 @@ use super::{
     report::{Comparison, Example},
 };
 
+/// A pair of arms in one sentence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verdict {
+    /// Difference, interval, p-value, rows, and what became of the prompt's length.
+    pub text: String,
+    /// Whether the first arm is significantly better.
+    pub is_win: bool,
+}
+
 /// The table of all arms, one line each, columns aligned, then what to know before trusting it.
 #[must_use]
 pub fn render(report: &EvalReport) -> String {
@@ -27,7 +36,7 @@ pub fn render(report: &EvalReport) -> String {
     }
     let mut text = aligned(&rows);
     for verdict in verdicts(report) {
-        let _ = write!(text, "\n{verdict}");
+        let _ = write!(text, "\n{}", verdict.text);
     }
     for warning in &report.warnings {
         let _ = write!(text, "\nnote: {warning}");
@@ -37,15 +46,16 @@ pub fn render(report: &EvalReport) -> String {
 }
 
 /// One sentence per decisive pair: each adapter against each arm without one, or all pairs where
-/// no adapter takes part.
+/// there is only one kind.
 #[must_use]
-pub fn verdicts(report: &EvalReport) -> Vec<String> {
+pub fn verdicts(report: &EvalReport) -> Vec<Verdict> {
     let is_tuned = |name: &str| name.split(':').next() == Some(super::arms::TUNED);
-    let any_tuned = report.arms.iter().any(|arm| is_tuned(&arm.name));
+    let num_tuned = report.arms.iter().filter(|arm| is_tuned(&arm.name)).count();
+    let has_both_kinds = num_tuned > 0 && num_tuned < report.arms.len();
     let mut lines = Vec::new();
     for b in &report.arms {
         for a in report.arms.iter().filter(|a| a.name != b.name) {
-            let is_decisive = match any_tuned {
+            let is_decisive = match has_both_kinds {
                 true => is_tuned(&a.name) && !is_tuned(&b.name),
                 false => report.comparisons.iter().any(|c| c.a == a.name && c.b == b.name),
             };
@@ -53,7 +63,8 @@ pub fn verdicts(report: &EvalReport) -> Vec<String> {
                 report.comparison(&a.name, &b.name, GRADERS[0].name).filter(|_| is_decisive)
             {
                 let saved = 1.0 - a.prompt_tokens_mean / b.prompt_tokens_mean.max(1.0);
-                lines.push(verdict(&pair, saved));
+                let is_win = pair.is_significant() && pair.difference > 0.0;
+                lines.push(Verdict { text: verdict(&pair, saved), is_win });
             }
         }
     }
@@ -79,10 +90,15 @@ pub fn samples(report: &EvalReport, count: usize) -> String {
     text
 }
 
-/// A p-value as people write it: two digits, or a power of ten where it is small.
+/// A p-value as people write it: two or three decimals, or a power of ten where it is small.
 #[must_use]
 pub fn p_text(p_value: f64) -> String {
-    if p_value >= 0.001 { format!("{p_value:.2}") } else { format!("{p_value:.0e}") }
+    match p_value {
+        0.0 => "0".to_owned(),
+        p_value if p_value < 0.001 => format!("{p_value:.0e}"),
+        p_value if p_value < 0.01 => format!("{p_value:.3}"),
+        p_value => format!("{p_value:.2}"),
+    }
 }
 
 /// `+78.0 points exact match (95 % CI +71..+84), McNemar p=2e-9, 150 rows`, of one comparison.

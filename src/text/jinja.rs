@@ -15,7 +15,10 @@ use minijinja::{
 };
 use minijinja_contrib::pycompat;
 
-use crate::text::python::{JsonStyle, float_repr, json_dumps, strftime};
+use crate::text::{
+    python::{JsonStyle, float_repr, json_dumps},
+    strftime::strftime,
+};
 
 /// Work that one rendering may do: instructions, and 1/64 for each byte produced. It is some fifty
 /// times what a conversation of a hundred thousand tokens needs, ends a runaway template within a

@@ -11,6 +11,7 @@ mod jinja;
 mod python;
 mod special_tokens;
 mod stop;
+mod strftime;
 mod tokenizer;
 
 use std::path::PathBuf;

@@ -15,8 +15,6 @@ const DATA: &str = "recipe-assistant";
 pub(super) struct Places {
     /// The base model.
     pub(super) base: PathBuf,
-    /// The folder of the data.
-    pub(super) data: PathBuf,
     pub(super) train: PathBuf,
     pub(super) valid: PathBuf,
     pub(super) test: PathBuf,
@@ -62,7 +60,6 @@ impl Places {
             valid: data.join("valid.jsonl"),
             test: data.join("test.jsonl"),
             recipe: data.join("train.yaml"),
-            data,
             output: output.to_owned(),
             adapter: output.join("adapter"),
         })
