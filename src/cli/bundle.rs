@@ -47,7 +47,7 @@ const VOCAB_SIZE: usize = 1_536;
 pub(super) struct Args {
     /// Folder to write into; gets `corpus/`, `tiny-kitchen-untrained/` and `recipe-assistant/`.
     #[arg(long, default_value = "models")]
-    pub(super) output: PathBuf,
+    output: PathBuf,
 }
 
 /// Runs the command.

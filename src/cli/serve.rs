@@ -109,6 +109,7 @@ fn build_state(
     access: Access,
 ) -> anyhow::Result<Arc<AppState>> {
     let model_name = served_name(args, model, &loaded.dir)?;
+    let eos_token_ids = loaded.stop_token_ids();
     let decoder = Arc::new(loaded.decoder);
     let registry =
         AdapterRegistry::new(decoder.config().clone()).with_base_fingerprint(decoder.fingerprint());
@@ -125,9 +126,6 @@ fn build_state(
         AdapterRoots::new(args.adapter_dir.as_deref(), &args.adapter_root, &folders)
             .context("--adapter-dir, --adapter-root")?;
 
-    let mut eos_token_ids = decoder.config().eos_token_ids.clone();
-    let eos = loaded.tokenizer.eos_token().and_then(|token| loaded.tokenizer.token_to_id(token));
-    eos_token_ids.extend(eos.filter(|id| !eos_token_ids.contains(id)));
     let seconds = args.shutdown_timeout.unwrap_or(DEFAULT_SHUTDOWN_TIMEOUT_SECONDS);
     let config = ServerConfig {
         model_name,

@@ -18,6 +18,11 @@ pub enum Arm {
 /// The adapter's name when it needs none, and the arm that means "the adapter given".
 pub const TUNED: &str = "tuned";
 
+/// Whether the arm of this name is one with an adapter.
+pub(super) fn is_tuned(name: &str) -> bool {
+    name.split(':').next() == Some(TUNED)
+}
+
 impl fmt::Display for Arm {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

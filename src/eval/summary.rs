@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::{
     Arm, EvalReport,
-    arms::TUNED,
+    arms::is_tuned,
     compare::{
         MIN_ROWS, holm, mcnemar_exact, mean, mean_interval, minimum_detectable_difference,
         paired_bootstrap, percentile,
@@ -155,7 +155,6 @@ fn warnings(arms: &[ArmReport], comparisons: &[Comparison], rows: usize) -> Vec<
             "cannot conclude: {rows} rows are too few, use at least {MIN_ROWS} (better 200)"
         ));
     }
-    let is_tuned = |name: &str| name.split(':').next() == Some(TUNED);
     let any_tuned = arms.iter().any(|arm| is_tuned(&arm.name));
     for pair in comparisons.iter().filter(|pair| pair.metric == GRADERS[0].name) {
         // Where an adapter takes part, nobody asks how the arms without one compare.

@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use super::{
     EvalReport,
+    arms::is_tuned,
     graders::{self, GRADERS},
     report::{Comparison, Example},
 };
@@ -49,7 +50,6 @@ pub fn render(report: &EvalReport) -> String {
 /// there is only one kind.
 #[must_use]
 pub fn verdicts(report: &EvalReport) -> Vec<Verdict> {
-    let is_tuned = |name: &str| name.split(':').next() == Some(super::arms::TUNED);
     let num_tuned = report.arms.iter().filter(|arm| is_tuned(&arm.name)).count();
     let has_both_kinds = num_tuned > 0 && num_tuned < report.arms.len();
     let mut lines = Vec::new();

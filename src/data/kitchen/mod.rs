@@ -19,7 +19,7 @@ use line::Pantry;
 use rng::Rng;
 
 /// A kind of chat rows of the base corpus. In training [`copies_of_tokens`] come first, then all
-/// three mixed.
+/// three mixed, then [`Stage::Kitchen`] alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
     /// Copies of the kitchen's words.
