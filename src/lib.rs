@@ -27,6 +27,8 @@ pub mod train;
 
 pub mod eval;
 
+pub mod jobs;
+
 pub mod api;
 
 pub mod cli;

@@ -20,7 +20,11 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("engine", &["telemetry", "model", "adapters"]),
     ("train", &["publish", "telemetry", "data", "ops", "model", "adapters"]),
     ("eval", &["publish", "text", "data", "adapters", "engine"]),
-    ("api", &["telemetry", "text", "model", "adapters", "engine"]),
+    ("jobs", &["publish", "telemetry", "text", "data", "adapters", "engine", "train", "eval"]),
+    (
+        "api",
+        &["publish", "telemetry", "text", "data", "model", "adapters", "engine", "eval", "jobs"],
+    ),
     (
         "cli",
         &[
@@ -35,6 +39,7 @@ const FLOORS: &[(&str, &[&str])] = &[
             "engine",
             "train",
             "eval",
+            "jobs",
             "api",
         ],
     ),
@@ -43,6 +48,9 @@ const FLOORS: &[(&str, &[&str])] = &[
 /// Every guest crate that is confined, with the only floors that may name it.
 const GUESTS: &[(&str, &[&str])] = &[
     ("axum", &["api"]),
+    ("rusqlite", &["jobs"]),
+    ("ureq", &["jobs", "cli"]),
+    ("rustix", &["jobs", "cli"]),
     ("clap", &["cli"]),
     ("indicatif", &["cli"]),
     ("hf_hub", &["hub"]),

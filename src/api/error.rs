@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use crate::adapters::AdapterError;
 use crate::engine::EngineError;
+use crate::jobs::JobsError;
 use crate::text::TextError;
 
 /// Seconds after which a refused client may try again.
@@ -42,6 +43,14 @@ pub enum ApiError {
     /// Something else that does not exist.
     #[error("{0}")]
     NotFound(String),
+    /// No such object, named by the field `param`.
+    #[error("{message}")]
+    ObjectNotFound {
+        /// Naming it.
+        message: String,
+        /// The field of the request, or of its path.
+        param: &'static str,
+    },
     /// No such route.
     #[error("there is no route {0}")]
     RouteNotFound(String),
@@ -59,6 +68,12 @@ pub enum ApiError {
     /// The body exceeds the limit.
     #[error("the request body is larger than {0} bytes")]
     BodyTooLarge(usize),
+    /// The object is not in a state for this.
+    #[error("{0}")]
+    Conflict(String),
+    /// The disk, or a quota of it, is full.
+    #[error("{0}")]
+    NoSpace(String),
     /// The body is not declared as JSON.
     #[error("the request body must be sent as `Content-Type: application/json`")]
     NotJson,
@@ -109,12 +124,15 @@ impl ApiError {
             Self::Invalid { .. } => StatusCode::BAD_REQUEST,
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::Forbidden(_) => StatusCode::FORBIDDEN,
-            Self::ModelNotFound(_) | Self::NotFound(_) | Self::RouteNotFound(_) => {
-                StatusCode::NOT_FOUND
-            }
+            Self::ModelNotFound(_)
+            | Self::NotFound(_)
+            | Self::ObjectNotFound { .. }
+            | Self::RouteNotFound(_) => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::BodyTimeout(_) => StatusCode::REQUEST_TIMEOUT,
             Self::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Conflict(_) => StatusCode::CONFLICT,
+            Self::NoSpace(_) => StatusCode::INSUFFICIENT_STORAGE,
             Self::NotJson => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::Adapter(error) => adapter_status(error),
             Self::Overloaded(_) => StatusCode::TOO_MANY_REQUESTS,
@@ -145,6 +163,9 @@ impl ApiError {
             Self::Adapter(error) => Some(error.reason()),
             Self::Overloaded(_) => Some("queue_full"),
             Self::Draining => Some("draining"),
+            Self::Conflict(_) => Some("conflict"),
+            Self::NoSpace(_) => Some("insufficient_storage"),
+            Self::ObjectNotFound { .. } => Some("not_found"),
             Self::Forbidden(_)
             | Self::NotFound(_)
             | Self::RouteNotFound(_)
@@ -160,6 +181,9 @@ impl ApiError {
     fn param(&self) -> Option<&str> {
         if let Self::Invalid { param, .. } = self {
             return param.as_deref();
+        }
+        if let Self::ObjectNotFound { param, .. } = self {
+            return Some(param);
         }
         matches!(self, Self::ModelNotFound(_)).then_some("model")
     }
@@ -210,6 +234,23 @@ impl From<EngineError> for ApiError {
                 code: Some("context_length_exceeded"),
             },
             EngineError::UnknownToken(_) | EngineError::Start(_) => Self::internal(error),
+        }
+    }
+}
+
+impl From<JobsError> for ApiError {
+    fn from(error: JobsError) -> Self {
+        let message = error.to_string();
+        match error {
+            JobsError::Invalid { message, param, code } => {
+                Self::Invalid { message, param: Some(param.to_owned()), code }
+            }
+            JobsError::NotFound { param, .. } => Self::ObjectNotFound { message, param },
+            JobsError::Conflict(_) => Self::Conflict(message),
+            JobsError::TooLarge { limit } => Self::BodyTooLarge(limit as usize),
+            JobsError::NoSpace(_) => Self::NoSpace(message),
+            JobsError::Adapter(error) => Self::Adapter(error),
+            JobsError::Store(_) | JobsError::File { .. } => Self::internal(message),
         }
     }
 }

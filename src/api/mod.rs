@@ -106,6 +106,7 @@ pub async fn run(
     };
     tracing::info!("shutting down");
     state.drain().await;
+    state.stop_jobs().await;
     // The receiver is gone only if the server has ended already.
     let _ = close.send(());
     if tokio::time::timeout(CLOSE_TIMEOUT, server).await.is_err() {

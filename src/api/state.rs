@@ -11,6 +11,7 @@ use tokio::sync::{Semaphore, watch};
 use super::{auth::ApiKeys, error::ApiError, jail::AdapterRoots, metrics_page::MetricsPage};
 use crate::adapters::AdapterRegistry;
 use crate::engine::EngineHandle;
+use crate::jobs::Service;
 use crate::text::{ChatTemplate, Tokenizer};
 
 /// What the operator decided.
@@ -45,6 +46,8 @@ pub struct Services {
     pub tokenizer: Arc<Tokenizer>,
     /// The base model's chat template.
     pub template: Arc<ChatTemplate>,
+    /// The fine-tuning service, where the server has a data folder.
+    pub jobs: Option<Arc<Service>>,
 }
 
 /// The server's state.
@@ -54,6 +57,7 @@ pub struct AppState {
     pub(crate) registry: Arc<AdapterRegistry>,
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) template: Arc<ChatTemplate>,
+    jobs: Option<Arc<Service>>,
     pub(crate) metrics: MetricsPage,
     /// Start, in unix seconds.
     pub(crate) started_at: u64,
@@ -97,6 +101,7 @@ impl AppState {
             registry: services.registry,
             tokenizer: services.tokenizer,
             template: services.template,
+            jobs: services.jobs,
             metrics: MetricsPage::default(),
             started_at: unix_seconds(),
             door,
@@ -115,6 +120,17 @@ impl AppState {
     #[must_use]
     pub fn registry(&self) -> &AdapterRegistry {
         &self.registry
+    }
+
+    /// The fine-tuning service.
+    ///
+    /// # Errors
+    /// 403 where the server has none.
+    pub(crate) fn jobs(&self) -> Result<&Arc<Service>, ApiError> {
+        self.jobs.as_ref().ok_or_else(|| {
+            let message = "files and fine-tuning are off: start the server with --data-dir DIR";
+            ApiError::Forbidden(message.to_owned())
+        })
     }
 
     /// Takes a request in, unless the server is on its way out.
@@ -143,6 +159,15 @@ impl AppState {
             self.phase.send_replace(Phase::Aborting);
         }
         self.engine.drain();
+    }
+
+    /// Ends the fine-tuning service; its running jobs are left with a checkpoint.
+    pub(crate) async fn stop_jobs(&self) {
+        if let Some(jobs) = self.jobs.clone()
+            && let Err(error) = tokio::task::spawn_blocking(move || jobs.stop()).await
+        {
+            tracing::error!("the fine-tuning service did not end well: {error}");
+        }
     }
 
     pub(crate) fn is_detached(&self, name: &str) -> bool {

@@ -1,6 +1,7 @@
 //! `tunesmith serve`: loads a model and its adapters, then answers OpenAI's HTTP interface.
 
 mod args;
+mod fine_tuning;
 
 use std::{
     future::Future,
@@ -138,12 +139,14 @@ fn build_state(
         shutdown_timeout: Duration::from_secs(seconds),
     };
     let engine_config = engine_config(args, decoder.config())?;
-    let services = Services {
+    let mut services = Services {
         engine: engine::spawn(decoder, engine_config)?,
         registry: Arc::new(registry),
         tokenizer: loaded.tokenizer,
         template: loaded.template,
+        jobs: None,
     };
+    services.jobs = fine_tuning::open(args, &config, &services)?;
     Ok(AppState::new(config, services))
 }
 

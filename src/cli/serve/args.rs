@@ -80,6 +80,46 @@ pub struct ServeArgs {
     #[arg(long, env = "TUNESMITH_KV_CACHE_MEMORY", value_name = "BYTES")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kv_cache_memory: Option<String>,
+    /// Folder of the fine-tuning service: files, jobs and the models they make. Without it the
+    /// service is off
+    #[arg(long, env = "TUNESMITH_DATA_DIR", value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data_dir: Option<PathBuf>,
+    /// Fine-tuning jobs that train at once [default: 1]
+    #[arg(long, env = "TUNESMITH_MAX_JOBS", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_jobs: Option<usize>,
+    /// Threads of each fine-tuning job [default: half of the cores, at least 1]
+    #[arg(long, env = "TUNESMITH_JOB_THREADS", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub job_threads: Option<usize>,
+    /// Memory that each fine-tuning job may have, as 4GiB [default: no limit]
+    #[arg(long, env = "TUNESMITH_JOB_MEMORY", value_name = "BYTES")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub job_memory: Option<String>,
+    /// Room for uploaded files, as 10GiB [default: 10GiB]
+    #[arg(long, env = "TUNESMITH_FILE_QUOTA", value_name = "BYTES")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file_quota: Option<String>,
+    /// Part of the names of fine-tuned models: ft:BASE:NAME:SUFFIX:ID [default: tunesmith]
+    #[arg(long, env = "TUNESMITH_ORGANIZATION", value_name = "NAME")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub organization: Option<String>,
+    /// URL that is told when a job ends; URL=whsec_SECRET signs what is sent (repeatable)
+    #[arg(long, env = "TUNESMITH_WEBHOOK", value_name = "URL", hide_env_values = true)]
+    #[arg(value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub webhook: Vec<String>,
+    /// Let an alias move only to a model that beats the base by this metric (exact_match, f1, ...) in a
+    /// paired test on the job's validation file
+    #[arg(long, env = "TUNESMITH_GATE", value_name = "METRIC")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gate: Option<String>,
+    /// Run `python` graders: code that clients send, as this user
+    #[arg(long, env = "TUNESMITH_ALLOW_PYTHON_GRADERS", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "true", value_parser = BoolishValueParser::new())]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allow_python_graders: Option<bool>,
     /// Seconds that running requests get to finish at shutdown [default: 30]
     #[arg(long, env = "TUNESMITH_SHUTDOWN_TIMEOUT", value_name = "SECONDS")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -90,8 +130,12 @@ impl ServeArgs {
     /// The settings as one line of JSON, without the keys.
     pub(super) fn redacted(&self) -> impl fmt::Display {
         let hide = |keys: &[String]| keys.iter().map(|_| "***".to_owned()).collect();
-        let shown =
-            Self { api_key: hide(&self.api_key), admin_key: hide(&self.admin_key), ..self.clone() };
+        let shown = Self {
+            api_key: hide(&self.api_key),
+            admin_key: hide(&self.admin_key),
+            webhook: hide(&self.webhook),
+            ..self.clone()
+        };
         serde_json::to_string(&shown).unwrap_or_default()
     }
 }

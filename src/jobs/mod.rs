@@ -1,0 +1,32 @@
+//! FLOOR 5. The fine-tuning service: files, uploads, jobs and what became of them.
+//!
+//! Does: keeps uploaded files and the state of jobs in one data folder, runs each job as a child
+//! process of the same binary, publishes what it made into the running server, and tells webhooks.
+//! Knows: the store, child processes, adapters by name, the engine (to check and evaluate what a job
+//! made). Must never know: HTTP requests, OpenAI's JSON shapes (`api` has those), tensors.
+//!
+//! State has one owner: the database of [`Store`]. Whoever changes a job writes it there and rings the
+//! [`Bell`]; the runner looks and acts. What was acknowledged is on disk.
+
+mod bell;
+mod error;
+mod evaluation;
+mod hyperparameters;
+mod ids;
+mod records;
+mod service;
+mod store;
+mod webhooks;
+
+pub use self::{
+    bell::Bell,
+    error::JobsError,
+    hyperparameters::base_learning_rate,
+    ids::{new_id, unix_seconds},
+    records::{
+        Alias, Auto, Checkpoint, EventLevel, FileRecord, Gate, Hyperparameters, Job, JobError,
+        JobEvent, JobStatus, Method, ModelRecord, Part, Request, Upload, UploadStatus,
+    },
+    service::{JobsConfig, Parts, Service, Webhook},
+    store::{Order, Page, Query, Record, Store, StoreError, Transaction},
+};
