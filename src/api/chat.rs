@@ -18,7 +18,7 @@ use super::{
     resolve::version_label,
     sse,
     state::unix_seconds,
-    types::chat::{ChatChoice, ChatCompletion, ChatMessage},
+    types::chat::{ChatChoice, ChatCompletion, ChatMessage, ToolCallObject},
 };
 use crate::telemetry;
 
@@ -86,15 +86,34 @@ async fn collect(mut choices: Choices, envelope: Envelope) -> Result<ChatComplet
     let mut answers: Vec<ChatChoice> = (0..choices.num_choices)
         .map(|index| ChatChoice {
             index,
-            message: ChatMessage { role: "assistant", content: String::new() },
+            message: ChatMessage {
+                role: "assistant",
+                content: None,
+                refusal: None,
+                tool_calls: Vec::new(),
+            },
             logprobs: None,
             finish_reason: "stop",
         })
         .collect();
     while let Some((index, event)) = choices.next().await {
         match event {
-            ChoiceEvent::Text(text) => answers[index].message.content.push_str(&text),
-            ChoiceEvent::Finished { reason, .. } => answers[index].finish_reason = reason,
+            ChoiceEvent::Text(text) => {
+                let content = &mut answers[index].message.content;
+                content.get_or_insert_default().push_str(&text);
+            }
+            ChoiceEvent::ToolCall(call) => {
+                let calls = &mut answers[index].message.tool_calls;
+                calls.push(ToolCallObject { index: None, ..call });
+            }
+            ChoiceEvent::Finished { reason, .. } => {
+                let answer = &mut answers[index];
+                answer.finish_reason = reason;
+                // Only an answer that is calls alone has no text, not even an empty one.
+                if answer.message.tool_calls.is_empty() {
+                    answer.message.content.get_or_insert_default();
+                }
+            }
             ChoiceEvent::Failed => return Err(choices.failure()),
         }
     }

@@ -11,13 +11,13 @@ use tokio::{
 use super::{
     AppState,
     error::ApiError,
-    generation::PreparedChat,
+    generation::{PreparedChat, random_u64},
     state::{InFlight, Phase},
-    types::chat::{PromptTokensDetails, Usage},
+    types::chat::{FunctionCall, PromptTokensDetails, ToolCallObject, Usage},
 };
 use crate::engine::{FinishReason, GenerationEvent, GenerationStream, GenerationUsage};
 use crate::telemetry::{self, RequestEnd, RequestSummary};
-use crate::text::{Detokenizer, StopMatcher};
+use crate::text::{AnswerPiece, Detokenizer, StopMatcher, ToolCallParser};
 
 /// Pieces of text that may wait for a slow client before the choice waits for it.
 const PIECES_AHEAD: usize = 64;
@@ -27,6 +27,8 @@ const PIECES_AHEAD: usize = 64;
 pub(crate) enum ChoiceEvent {
     /// More text, never empty.
     Text(String),
+    /// A complete call of a tool.
+    ToolCall(ToolCallObject),
     /// The last event of a choice that went well.
     Finished { reason: &'static str, completion_tokens: usize },
     /// The last event of the whole request.
@@ -66,6 +68,8 @@ impl Choices {
                 stream,
                 detokenizer: Detokenizer::new(Arc::clone(&state.tokenizer), &prepared.prompt),
                 stops: StopMatcher::new(&prepared.request.stop),
+                calls: tool_call_parser(state, prepared),
+                num_calls: 0,
                 eos: eos.clone(),
                 record: Record::new(&state.config.model_name, prepared),
             };
@@ -115,10 +119,18 @@ impl Choices {
     }
 }
 
+/// Calls are looked for only where the model was shown tools.
+fn tool_call_parser(state: &AppState, prepared: &PreparedChat) -> Option<ToolCallParser> {
+    prepared.request.tools.as_ref()?;
+    state.template.tool_call_format().map(ToolCallParser::new)
+}
+
 struct Choice {
     stream: GenerationStream,
     detokenizer: Detokenizer,
     stops: StopMatcher,
+    calls: Option<ToolCallParser>,
+    num_calls: usize,
     eos: Vec<u32>,
     record: Record,
 }
@@ -128,29 +140,23 @@ impl Choice {
     async fn run(mut self, index: usize, sender: &mpsc::Sender<(usize, ChoiceEvent)>) {
         loop {
             let event = self.stream.next().await;
-            let (text, last) = self.translate(event);
-            for event in text.into_iter().chain(last.clone()) {
-                if sender.send((index, event)).await.is_err() {
+            for event in self.translate(event) {
+                let is_last = matches!(event, ChoiceEvent::Finished { .. } | ChoiceEvent::Failed);
+                if sender.send((index, event)).await.is_err() || is_last {
                     return;
                 }
-            }
-            if last.is_some() {
-                return;
             }
         }
     }
 
-    /// The text that an engine event completes, and the choice's end if this is it.
-    fn translate(
-        &mut self,
-        event: Option<GenerationEvent>,
-    ) -> (Option<ChoiceEvent>, Option<ChoiceEvent>) {
+    /// What an engine event completes; the choice's last event comes last.
+    fn translate(&mut self, event: Option<GenerationEvent>) -> Vec<ChoiceEvent> {
         match event {
-            Some(GenerationEvent::PromptScores(_)) => (None, None),
+            Some(GenerationEvent::PromptScores(_)) => Vec::new(),
             Some(GenerationEvent::Token { id }) => {
                 self.record.token();
                 if self.eos.contains(&id) {
-                    return (None, None);
+                    return Vec::new();
                 }
                 match self.detokenizer.push(id) {
                     Ok(piece) => self.show(&piece),
@@ -166,10 +172,12 @@ impl Choice {
         }
     }
 
-    fn show(&mut self, piece: &str) -> (Option<ChoiceEvent>, Option<ChoiceEvent>) {
+    fn show(&mut self, piece: &str) -> Vec<ChoiceEvent> {
         let output = self.stops.push(piece);
-        let last = output.matched.map(|_| self.end(RequestEnd::Stop, "stop"));
-        (text_event(output.text), last)
+        if output.matched.is_some() {
+            return self.end(output.text, RequestEnd::Stop);
+        }
+        self.split(output.text)
     }
 
     /// The engine is done; a stop string may still end in the very last piece.
@@ -178,34 +186,66 @@ impl Choice {
         piece: &str,
         reason: FinishReason,
         usage: &GenerationUsage,
-    ) -> (Option<ChoiceEvent>, Option<ChoiceEvent>) {
+    ) -> Vec<ChoiceEvent> {
         self.record.queue_seconds = Some(usage.queue_seconds);
         let output = self.stops.push(piece);
         if output.matched.is_some() {
-            return (text_event(output.text), Some(self.end(RequestEnd::Stop, "stop")));
+            return self.end(output.text, RequestEnd::Stop);
         }
         let text = output.text + &self.stops.finish();
-        let last = match reason {
-            FinishReason::Stop => self.end(RequestEnd::Stop, "stop"),
-            FinishReason::Length => self.end(RequestEnd::Length, "length"),
-        };
-        (text_event(text), Some(last))
+        match reason {
+            FinishReason::Stop => self.end(text, RequestEnd::Stop),
+            FinishReason::Length => self.end(text, RequestEnd::Length),
+        }
     }
 
-    fn fail(&mut self, cause: &str) -> (Option<ChoiceEvent>, Option<ChoiceEvent>) {
+    fn fail(&mut self, cause: &str) -> Vec<ChoiceEvent> {
         tracing::error!("a generation failed: {cause}");
         self.record.end = RequestEnd::Error;
-        (None, Some(ChoiceEvent::Failed))
+        vec![ChoiceEvent::Failed]
     }
 
-    fn end(&mut self, end: RequestEnd, reason: &'static str) -> ChoiceEvent {
+    /// The last text, whatever was held back, and the end.
+    fn end(&mut self, text: String, end: RequestEnd) -> Vec<ChoiceEvent> {
+        let mut events = self.split(text);
+        let rest = self.calls.as_mut().map(ToolCallParser::finish).unwrap_or_default();
+        events.extend(self.events(rest));
+        let reason = match end {
+            RequestEnd::Length => "length",
+            _ if self.num_calls > 0 => "tool_calls",
+            _ => "stop",
+        };
         self.record.end = end;
-        ChoiceEvent::Finished { reason, completion_tokens: self.record.completion_tokens }
+        let completion_tokens = self.record.completion_tokens;
+        events.push(ChoiceEvent::Finished { reason, completion_tokens });
+        events
     }
-}
 
-fn text_event(text: String) -> Option<ChoiceEvent> {
-    (!text.is_empty()).then_some(ChoiceEvent::Text(text))
+    /// Text and calls of a piece.
+    fn split(&mut self, text: String) -> Vec<ChoiceEvent> {
+        let pieces = match &mut self.calls {
+            Some(calls) => calls.push(&text),
+            None if text.is_empty() => Vec::new(),
+            None => vec![AnswerPiece::Text(text)],
+        };
+        self.events(pieces)
+    }
+
+    fn events(&mut self, pieces: Vec<AnswerPiece>) -> Vec<ChoiceEvent> {
+        let event = |piece| match piece {
+            AnswerPiece::Text(text) => ChoiceEvent::Text(text),
+            AnswerPiece::Call(call) => {
+                self.num_calls += 1;
+                ChoiceEvent::ToolCall(ToolCallObject {
+                    index: Some(self.num_calls - 1),
+                    id: format!("call_{:016x}", random_u64()),
+                    kind: "function",
+                    function: FunctionCall { name: call.name, arguments: call.arguments },
+                })
+            }
+        };
+        pieces.into_iter().map(event).collect()
+    }
 }
 
 /// What telemetry gets when the choice goes away, for whatever reason.

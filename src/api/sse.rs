@@ -26,7 +26,8 @@ pub(crate) fn stream_chat(choices: Choices, envelope: Envelope, include_usage: b
     let mut chat =
         ChatStream { choices, envelope, include_usage, ready: VecDeque::new(), ended: false };
     for index in 0..chat.choices.num_choices {
-        let delta = Delta { role: Some("assistant"), content: Some(String::new()) };
+        let delta =
+            Delta { role: Some("assistant"), content: Some(String::new()), ..Delta::default() };
         chat.push_choice(index, delta, None);
     }
     let events = stream::unfold(chat, |mut chat| async move {
@@ -52,7 +53,12 @@ impl ChatStream {
         while self.ready.is_empty() && !self.ended {
             match self.choices.next().await {
                 Some((index, ChoiceEvent::Text(text))) => {
-                    self.push_choice(index, Delta { role: None, content: Some(text) }, None);
+                    let delta = Delta { content: Some(text), ..Delta::default() };
+                    self.push_choice(index, delta, None);
+                }
+                Some((index, ChoiceEvent::ToolCall(call))) => {
+                    let delta = Delta { tool_calls: vec![call], ..Delta::default() };
+                    self.push_choice(index, delta, None);
                 }
                 Some((index, ChoiceEvent::Finished { reason, .. })) => {
                     self.push_choice(index, Delta::default(), Some(reason));

@@ -6,7 +6,7 @@ use minijinja::{Environment, Error};
 use serde_json::{Map, Value};
 
 use crate::text::{
-    TextError,
+    TextError, ToolCallFormat,
     jinja::{RaisedByTemplate, environment, normalize, set_clock, to_template_value},
     special_tokens::{SpecialTokens, broken, read_json_object, read_special_tokens, read_text},
 };
@@ -69,6 +69,12 @@ impl ChatTemplate {
                 .map_err(|error| syntax_error(&source.name, &error))?;
         }
         Ok(Self { env, special_tokens, default, tool_use })
+    }
+
+    /// How this template's model writes tool calls; `None` where the template knows no tools.
+    #[must_use]
+    pub fn tool_call_format(&self) -> Option<ToolCallFormat> {
+        ToolCallFormat::of_template(&self.tool_use.as_ref().unwrap_or(&self.default).text)
     }
 
     /// Stops the clock that the template's `strftime_now` reads.

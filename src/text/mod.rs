@@ -1,8 +1,8 @@
 //! FLOOR 1. Strings to tokens and back.
 //!
 //! A conversation becomes text ([`ChatTemplate`]), text becomes token ids ([`Tokenizer`]), a growing
-//! list of ids becomes text again ([`Detokenizer`]), and that text ends where the client asked
-//! ([`StopMatcher`]). Knows tokenizers and chat templates; must never know tensors, models or HTTP.
+//! list of ids becomes text again ([`Detokenizer`]), that text ends where the client asked
+//! ([`StopMatcher`]), and calls of tools are found in it ([`ToolCallParser`]). Knows tokenizers and chat templates; must never know tensors, models or HTTP.
 
 pub mod bpe;
 mod chat_template;
@@ -13,6 +13,7 @@ mod special_tokens;
 mod stop;
 mod strftime;
 mod tokenizer;
+mod tool_calls;
 
 use std::path::PathBuf;
 
@@ -20,6 +21,7 @@ pub use chat_template::ChatTemplate;
 pub use detokenizer::Detokenizer;
 pub use stop::{StopMatcher, StopOutput};
 pub use tokenizer::Tokenizer;
+pub use tool_calls::{AnswerPiece, ToolCall, ToolCallFormat, ToolCallParser};
 
 /// What can be wrong with a tokenizer, a template, or what is put into them.
 #[derive(Debug, thiserror::Error)]

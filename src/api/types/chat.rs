@@ -67,7 +67,30 @@ pub(crate) struct ChatChoice {
 #[derive(Debug, Serialize)]
 pub(crate) struct ChatMessage {
     pub(crate) role: &'static str,
-    pub(crate) content: String,
+    /// Null where the answer is calls alone.
+    pub(crate) content: Option<String>,
+    pub(crate) refusal: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) tool_calls: Vec<ToolCallObject>,
+}
+
+/// A call that the client is to make. In a streamed answer it comes whole, in one chunk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct ToolCallObject {
+    /// Its place among the choice's calls; only in streamed answers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) index: Option<usize>,
+    pub(crate) id: String,
+    #[serde(rename = "type")]
+    pub(crate) kind: &'static str,
+    pub(crate) function: FunctionCall,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct FunctionCall {
+    pub(crate) name: String,
+    /// JSON text.
+    pub(crate) arguments: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -97,6 +120,8 @@ pub(crate) struct Delta {
     pub(crate) role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) content: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) tool_calls: Vec<ToolCallObject>,
 }
 
 #[derive(Debug, Clone, Copy, Serialize)]
