@@ -151,7 +151,7 @@ fn a_program_gets_every_error_with_line_and_code() {
     assert_eq!(errors.len(), 100);
     assert_eq!((&errors[0]["line"], &errors[0]["code"]), (&json!(2), &json!("invalid_json")));
     assert_eq!((&errors[1]["line"], &errors[1]["code"]), (&json!(3), &json!("wrong_row_kind")));
-    assert!(errors[0]["message"].as_str().unwrap().contains("column 2"), "{}", errors[0]);
+    assert!(errors[0]["message"].as_str().unwrap().contains("column 1"), "{}", errors[0]);
 
     let empty = check(&[&files.write("empty.jsonl", &[]), "--model", MODEL, "--json"]);
     let report: Value = serde_json::from_slice(&empty.stdout).unwrap();
