@@ -46,7 +46,7 @@ fn examples(count: usize) -> Vec<Example> {
         let length = 8 + index * 5 % 17;
         let tokens = (0..length).map(|at| (20 + index % 5 * 3 + at % 4) as u32).collect();
         let loss_mask = (0..length).map(|at| at >= length / 2).collect();
-        Example { line: index + 1, tokens, loss_mask, num_truncated: 0 }
+        Example { line: index + 1, tokens, loss_mask, num_truncated: 0, rejected: None }
     };
     (0..count).map(example).collect()
 }
@@ -250,7 +250,9 @@ fn an_output_and_an_unfinished_run_are_replaced_only_when_asked() {
     let error = run_until(&job_with(false, false), |_| false).unwrap_err();
     assert!(matches!(error, TrainError::OutputExists(_)), "{error}");
     let (again, events) = run_to_end(&job_with(true, false));
-    assert!(events.is_empty(), "a finished run has nothing to resume");
+    let published =
+        matches!(&events[..], [TrainEvent::Published { step, .. }] if *step == summary.step);
+    assert!(published, "a finished run has nothing to resume: {events:?}");
     assert_eq!(again.digest, summary.digest);
 }
 
