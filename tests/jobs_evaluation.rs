@@ -12,10 +12,7 @@ use tunesmith::{
     data::{parse_rows, questions},
     engine::{EngineConfig, spawn},
     eval::{Arm, Runner, report::Metadata},
-    jobs::{
-        Auto, FileRecord, Gate, Hyperparameters, Job, JobStatus, JobsConfig, JobsError, Method,
-        Parts, Service, StoreError, evaluate,
-    },
+    jobs::{FileRecord, Gate, Job, JobsConfig, JobsError, Parts, Service, StoreError, evaluate},
     model::{Decoder, WeightMode},
     text::{ChatTemplate, Tokenizer},
 };
@@ -91,15 +88,11 @@ impl Setup {
         let blobs = self.dir.join("data").join("blobs");
         std::fs::create_dir_all(&blobs).unwrap();
         std::fs::write(blobs.join("abc"), text).unwrap();
-        let file = FileRecord {
-            id: "file-1".to_owned(),
-            bytes: text.len() as u64,
-            created_at: 1,
-            expires_at: None,
-            filename: "valid.jsonl".to_owned(),
-            purpose: "fine-tune".to_owned(),
-            sha256: "abc".to_owned(),
-        };
+        let file: FileRecord = serde_json::from_value(json!({
+            "id": "file-1", "bytes": text.len(), "created_at": 1, "expires_at": null,
+            "filename": "valid.jsonl", "purpose": "fine-tune", "sha256": "abc",
+        }))
+        .unwrap();
         self.service.store().write::<_, StoreError>(|tx| tx.insert(&file)).unwrap();
         file.id
     }
@@ -113,56 +106,34 @@ fn example(row: usize, answer: &str) -> Value {
 }
 
 fn job(validation_file: Option<String>, gate: Option<Gate>) -> Job {
-    let auto = Hyperparameters {
-        n_epochs: Auto::Auto,
-        batch_size: Auto::Auto,
-        learning_rate_multiplier: Auto::Auto,
-        beta: None,
-    };
-    Job {
-        id: "ftjob-1".to_owned(),
-        created_at: 1,
-        started_at: None,
-        finished_at: None,
-        model: "tiny".to_owned(),
-        parent_model: None,
-        training_file: "file-0".to_owned(),
-        validation_file,
-        suffix: None,
-        seed: 1,
-        method: Method::Supervised,
-        hyperparameters: auto,
-        metadata: None,
-        integrations: Vec::new(),
-        alias: None,
-        gate,
-        status: JobStatus::Running,
-        request: None,
-        error: None,
-        fine_tuned_model: None,
-        result_files: Vec::new(),
-        trained_tokens: None,
-        num_examples: None,
-        step: 0,
-        total_steps: None,
-        estimated_finish: None,
-        attempts: 0,
-        evaluation: None,
-    }
+    let job = serde_json::from_value(json!({
+        "id": "ftjob-1", "created_at": 1, "started_at": null, "finished_at": null, "model": "tiny",
+        "parent_model": null, "training_file": "file-0", "suffix": null, "seed": 1,
+        "method": "supervised", "metadata": null, "integrations": [], "alias": null,
+        "hyperparameters": {
+            "n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto",
+            "beta": null,
+        },
+        "status": "running", "request": null, "error": null, "fine_tuned_model": null,
+        "result_files": [], "trained_tokens": null, "num_examples": null, "step": 0,
+        "total_steps": null, "estimated_finish": null, "attempts": 0, "evaluation": null,
+        "validation_file": null, "gate": null,
+    }));
+    Job { validation_file, gate, ..job.unwrap() }
 }
 
 #[test]
 fn a_model_that_beats_the_base_opens_the_gate_and_says_by_how_much() {
     let setup = Setup::new(None);
     let file = setup.upload(&setup.rows_of_the_tuned_model());
-    let gate = Gate { min_gain: 0.5, ..Gate::default() };
+    let gate = Gate { metric: "contains".to_owned(), min_gain: 0.5, ..Gate::default() };
     let found = evaluate(&setup.service, &job(Some(file), Some(gate)), &setup.version);
     let found = found.unwrap().unwrap();
     assert_eq!(found.passed, Some(true), "{found:?}");
     let text = &found.message;
-    assert!(text.starts_with("Evaluation on 10 rows: exact_match base 0.0 % -> tuned "), "{text}");
+    assert!(text.starts_with("Evaluation on 10 rows: contains base 0.0 % -> tuned "), "{text}");
     assert!(text.contains("the gate is open"), "{text}");
-    let score = &found.summary["metrics"]["exact_match"];
+    let score = &found.summary["metrics"]["contains"];
     assert!(score["tuned"].as_f64().unwrap() > 0.8 && score["p_value"].as_f64().unwrap() < 0.01);
     assert_eq!(found.summary["num_rows"], 10);
     assert_eq!(found.summary["gate"]["passed"], true);

@@ -245,6 +245,9 @@ impl From<JobsError> for ApiError {
             JobsError::Invalid { message, param, code } => {
                 Self::Invalid { message, param: Some(param.to_owned()), code }
             }
+            JobsError::Definition(invalid) => {
+                Self::Invalid { message, param: Some(invalid.param), code: None }
+            }
             JobsError::NotFound { param, .. } => Self::ObjectNotFound { message, param },
             JobsError::Conflict(_) => Self::Conflict(message),
             JobsError::TooLarge { limit } => Self::BodyTooLarge(limit as usize),

@@ -10,6 +10,8 @@ mod messages;
 mod parse;
 mod similarity;
 mod template;
+#[cfg(test)]
+mod tests;
 
 use serde_json::Value;
 
