@@ -245,12 +245,18 @@ impl From<JobsError> for ApiError {
             JobsError::Invalid { message, param, code } => {
                 Self::Invalid { message, param: Some(param.to_owned()), code }
             }
+            JobsError::Definition(invalid) => {
+                Self::Invalid { message, param: Some(invalid.param), code: None }
+            }
             JobsError::NotFound { param, .. } => Self::ObjectNotFound { message, param },
             JobsError::Conflict(_) => Self::Conflict(message),
             JobsError::TooLarge { limit } => Self::BodyTooLarge(limit as usize),
             JobsError::NoSpace(_) => Self::NoSpace(message),
             JobsError::Adapter(error) => Self::Adapter(error),
-            JobsError::Store(_) | JobsError::File { .. } => Self::internal(message),
+            JobsError::Interrupted => Self::Draining,
+            JobsError::Store(_) | JobsError::File { .. } | JobsError::Evaluation(_) => {
+                Self::internal(message)
+            }
         }
     }
 }

@@ -5,16 +5,21 @@
 
 mod adapters;
 mod auth;
+mod blocking;
 mod body;
 mod chat;
 mod choices;
 mod error;
+mod eval_runs;
+mod evals;
 mod generation;
+mod graders;
 mod health;
 mod jail;
 mod messages;
 mod metrics_page;
 mod models;
+mod query;
 mod resolve;
 mod sse;
 mod state;
@@ -53,6 +58,20 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("GET", "/v1/models/{id}"),
     ("POST", "/v1/load_lora_adapter"),
     ("POST", "/v1/unload_lora_adapter"),
+    ("POST", "/v1/fine_tuning/alpha/graders/run"),
+    ("POST", "/v1/fine_tuning/alpha/graders/validate"),
+    ("GET", "/v1/evals"),
+    ("POST", "/v1/evals"),
+    ("GET", "/v1/evals/{id}"),
+    ("POST", "/v1/evals/{id}"),
+    ("DELETE", "/v1/evals/{id}"),
+    ("GET", "/v1/evals/{id}/runs"),
+    ("POST", "/v1/evals/{id}/runs"),
+    ("GET", "/v1/evals/{id}/runs/{run}"),
+    ("POST", "/v1/evals/{id}/runs/{run}"),
+    ("DELETE", "/v1/evals/{id}/runs/{run}"),
+    ("GET", "/v1/evals/{id}/runs/{run}/output_items"),
+    ("GET", "/v1/evals/{id}/runs/{run}/output_items/{item}"),
     ("GET", "/health"),
     ("GET", "/ping"),
     ("GET", "/ready"),
@@ -71,6 +90,8 @@ pub fn router(state: Arc<AppState>) -> Router {
         .route("/ping", get(health::health))
         .route("/ready", get(health::ready))
         .route("/metrics", get(metrics_page::metrics_page))
+        .merge(graders::routes())
+        .merge(evals::routes())
         .fallback(route_not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(Arc::clone(&state), auth::require_key))

@@ -72,6 +72,7 @@ pub enum EngineError {
 }
 
 /// A valid request: token ids in, token ids out.
+#[derive(Clone)]
 pub struct GenerationRequest {
     /// At least one token.
     pub prompt: Vec<u32>,

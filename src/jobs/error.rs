@@ -4,6 +4,7 @@ use std::{io, path::PathBuf};
 
 use super::StoreError;
 use crate::adapters::AdapterError;
+use crate::eval::grader::Invalid;
 
 /// An error of the fine-tuning service. The first kinds are the client's to mend.
 #[derive(Debug, thiserror::Error)]
@@ -18,6 +19,9 @@ pub enum JobsError {
         /// Machine-readable kind.
         code: Option<&'static str>,
     },
+    /// A grader, evaluation or run with a mistake in it.
+    #[error(transparent)]
+    Definition(#[from] Invalid),
     /// No such object.
     #[error("No such {what}: {id}")]
     NotFound {
@@ -51,6 +55,12 @@ pub enum JobsError {
         /// What the system said.
         source: io::Error,
     },
+    /// The service is stopping; the work is to be done again at the next start.
+    #[error("the service is stopping")]
+    Interrupted,
+    /// An evaluation that could not be made.
+    #[error("the evaluation failed: {0}")]
+    Evaluation(String),
     /// What a job made cannot be served.
     #[error(transparent)]
     Adapter(#[from] AdapterError),

@@ -8,11 +8,15 @@
 //! State has one owner: the database of [`Store`]. Whoever changes a job writes it there and rings the
 //! [`Bell`]; the runner looks and acts. What was acknowledged is on disk.
 
+mod ask;
 mod bell;
 mod error;
+mod evals;
 mod evaluation;
+mod grading;
 mod hyperparameters;
 mod ids;
+mod python;
 mod records;
 mod service;
 mod store;
@@ -21,6 +25,12 @@ mod webhooks;
 pub use self::{
     bell::Bell,
     error::JobsError,
+    evals::{
+        Counts, CriterionCounts, CriterionResult, Eval, EvalOutput, EvalRun, EvalSource,
+        ModelUsage, NewEval, NewRun, Outcome, RunStatus, SourceRow, valid_metadata,
+    },
+    evaluation::{Evaluation, evaluate},
+    grading::{RunGrader, check_graders},
     hyperparameters::base_learning_rate,
     ids::{new_id, unix_seconds},
     records::{

@@ -2,4 +2,5 @@
 
 pub(crate) mod adapters;
 pub(crate) mod chat;
+pub(crate) mod evals;
 pub(crate) mod models;

@@ -1,0 +1,173 @@
+//! Models that evaluations ask, through the engine that serves everybody.
+
+use std::{sync::Arc, thread, time::Duration};
+
+use serde_json::{Map, Value};
+
+use super::{JobsError, ModelRecord, Service, python};
+use crate::adapters::AdapterVersion;
+use crate::engine::{
+    EngineError, FinishReason, GenerationEvent, GenerationRequest, GenerationStream, SamplingParams,
+};
+use crate::eval::grader::{Context, Fault, FaultKind, Outside, Reply, Sampling};
+use crate::text::{Detokenizer, TextError};
+
+/// Most tokens of an answer, unless asked otherwise.
+const DEFAULT_MAX_TOKENS: usize = 2048;
+/// No token is longer than this in practice, so a longer prompt cannot fit; saves tokenising it.
+const MAX_BYTES_PER_TOKEN: usize = 64;
+/// How long a question waits when the engine is full.
+const RETRY: Duration = Duration::from_millis(20);
+
+/// Somebody who asks, on a thread that may wait.
+#[derive(Clone, Copy)]
+pub(super) struct Asker<'a> {
+    service: &'a Service,
+}
+
+impl<'a> Asker<'a> {
+    pub(super) fn new(service: &'a Service) -> Self {
+        Self { service }
+    }
+
+    /// What answers to `model`: `None` is the base.
+    ///
+    /// # Errors
+    /// There is no such model, or a job's model cannot be loaded.
+    pub(super) fn version_of(&self, model: &str) -> Result<Option<Arc<AdapterVersion>>, JobsError> {
+        let service = self.service;
+        let registry = &service.parts.registry;
+        if model == service.config.base_name {
+            return Ok(None);
+        }
+        if let Some(version) = registry.get(model) {
+            return Ok(Some(version));
+        }
+        let record: Option<ModelRecord> = service.store.get(model)?;
+        let not_found =
+            || JobsError::NotFound { what: "model", id: model.to_owned(), param: "model" };
+        let record = record.ok_or_else(not_found)?;
+        // With `replace`, somebody who was faster is no error.
+        let (version, _) = registry.load(&record.id, &service.path(&record.path), true)?;
+        Ok(Some(version))
+    }
+
+    /// The answer of `version` to a conversation.
+    ///
+    /// # Errors
+    /// The chat template refuses the messages, they do not fit the context, or the engine fails.
+    pub(super) fn ask_version(
+        &self,
+        version: Option<Arc<AdapterVersion>>,
+        messages: &[Value],
+        sampling: &Sampling,
+    ) -> Result<Reply, Fault> {
+        let parts = &self.service.parts;
+        let refused = |error: TextError| other(error.to_string());
+        let text = parts.template.render(messages, None, true, &Map::new()).map_err(refused)?;
+        let context = parts.engine.config().max_sequence_len();
+        if text.len() > context.saturating_mul(MAX_BYTES_PER_TOKEN) {
+            return Err(other(format!("the prompt does not fit the context of {context} tokens")));
+        }
+        let prompt = parts.tokenizer.encode(&text, false).map_err(refused)?;
+        let room = context.saturating_sub(prompt.len());
+        if room == 0 {
+            let used = prompt.len();
+            return Err(other(format!(
+                "the prompt has {used} tokens and leaves no room in the context of {context}"
+            )));
+        }
+        let stream = self.submit(&GenerationRequest {
+            prompt: prompt.clone(),
+            adapter: version,
+            sampling: SamplingParams {
+                temperature: sampling.temperature,
+                top_p: sampling.top_p,
+                top_k: 0,
+                min_p: 0.0,
+                seed: sampling.seed,
+            },
+            max_tokens: self.max_tokens(sampling).min(room),
+            stop_token_ids: parts.eos_token_ids.clone(),
+            score_prompt: false,
+        })?;
+        self.read(stream, &prompt)
+    }
+
+    /// Most tokens of an answer, whatever the context leaves.
+    pub(super) fn max_tokens(&self, sampling: &Sampling) -> usize {
+        sampling.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS)
+    }
+
+    /// Waits for a place in the engine.
+    fn submit(&self, request: &GenerationRequest) -> Result<GenerationStream, Fault> {
+        loop {
+            if self.service.is_stopping() {
+                return Err(interrupted());
+            }
+            match self.service.parts.engine.generate(request.clone()) {
+                Ok(stream) => return Ok(stream),
+                Err(EngineError::QueueFull { .. }) => thread::sleep(RETRY),
+                Err(EngineError::Draining | EngineError::Stopped) => return Err(interrupted()),
+                Err(error) => return Err(other(error.to_string())),
+            }
+        }
+    }
+
+    /// Reads an answer to its end. Dropping the stream early cancels it.
+    fn read(&self, mut stream: GenerationStream, prompt: &[u32]) -> Result<Reply, Fault> {
+        let parts = &self.service.parts;
+        let mut detokenizer = Detokenizer::new(Arc::clone(&parts.tokenizer), prompt);
+        let mut text = String::new();
+        let failed = |error: TextError| other(error.to_string());
+        while let Some(event) = stream.blocking_next() {
+            if self.service.is_stopping() {
+                return Err(interrupted());
+            }
+            match event {
+                GenerationEvent::Token { id } if parts.eos_token_ids.contains(&id) => {}
+                GenerationEvent::Token { id } => {
+                    text.push_str(&detokenizer.push(id).map_err(failed)?);
+                }
+                GenerationEvent::PromptScores(_) => {}
+                GenerationEvent::Finished { reason, usage } => {
+                    text.push_str(&detokenizer.finish().map_err(failed)?);
+                    let finish_reason = match reason {
+                        FinishReason::Stop => "stop",
+                        FinishReason::Length => "length",
+                    };
+                    return Ok(Reply {
+                        text,
+                        finish_reason,
+                        prompt_tokens: usage.prompt_tokens,
+                        completion_tokens: usage.completion_tokens,
+                    });
+                }
+                GenerationEvent::Failed { message } => return Err(other(message)),
+            }
+        }
+        Err(other("the engine stopped in the middle of an answer"))
+    }
+}
+
+impl Outside for Asker<'_> {
+    fn ask(&self, model: &str, messages: &[Value], sampling: &Sampling) -> Result<Reply, Fault> {
+        let version = self.version_of(model).map_err(|error| other(error.to_string()))?;
+        self.ask_version(version, messages, sampling)
+    }
+
+    fn run_python(&self, source: &str, context: &Context) -> Result<f64, Fault> {
+        if !self.service.config.allow_python {
+            return Err(Fault::new(FaultKind::PythonServer, python::SWITCHED_OFF));
+        }
+        python::grade(source, context, &|| self.service.is_stopping())
+    }
+}
+
+fn interrupted() -> Fault {
+    Fault::new(FaultKind::Interrupted, "the server is shutting down")
+}
+
+fn other(message: impl Into<String>) -> Fault {
+    Fault::new(FaultKind::ModelServer, message)
+}
