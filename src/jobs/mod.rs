@@ -9,18 +9,24 @@
 //! [`Bell`]; the runner looks and acts. What was acknowledged is on disk.
 
 mod bell;
+mod blobs;
 mod error;
 mod evaluation;
+mod expiry;
+mod files;
 mod hyperparameters;
 mod ids;
 mod records;
 mod service;
 mod store;
+mod uploads;
 mod webhooks;
 
 pub use self::{
     bell::Bell,
+    blobs::{Incoming, Staged},
     error::JobsError,
+    files::{MAX_FILE_BYTES, NewFile},
     hyperparameters::base_learning_rate,
     ids::{new_id, unix_seconds},
     records::{
@@ -29,4 +35,5 @@ pub use self::{
     },
     service::{JobsConfig, Parts, Service, Webhook},
     store::{Order, Page, Query, Record, Store, StoreError, Transaction},
+    uploads::{MAX_PART_BYTES, MAX_UPLOAD_BYTES, NewUpload},
 };
