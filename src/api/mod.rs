@@ -5,6 +5,7 @@
 
 mod adapters;
 mod auth;
+mod azure_form;
 mod blocking;
 mod body;
 mod chat;
@@ -12,6 +13,7 @@ mod choices;
 mod error;
 mod eval_runs;
 mod evals;
+mod files;
 mod generation;
 mod graders;
 mod health;
@@ -19,11 +21,13 @@ mod jail;
 mod messages;
 mod metrics_page;
 mod models;
+mod multipart;
 mod query;
 mod resolve;
 mod sse;
 mod state;
 mod types;
+mod uploads;
 
 use std::{future::Future, io, sync::Arc, time::Duration};
 
@@ -72,6 +76,15 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("DELETE", "/v1/evals/{id}/runs/{run}"),
     ("GET", "/v1/evals/{id}/runs/{run}/output_items"),
     ("GET", "/v1/evals/{id}/runs/{run}/output_items/{item}"),
+    ("POST", "/v1/files"),
+    ("GET", "/v1/files"),
+    ("GET", "/v1/files/{id}"),
+    ("DELETE", "/v1/files/{id}"),
+    ("GET", "/v1/files/{id}/content"),
+    ("POST", "/v1/uploads"),
+    ("POST", "/v1/uploads/{id}/parts"),
+    ("POST", "/v1/uploads/{id}/complete"),
+    ("POST", "/v1/uploads/{id}/cancel"),
     ("GET", "/health"),
     ("GET", "/ping"),
     ("GET", "/ready"),
@@ -86,6 +99,13 @@ pub fn router(state: Arc<AppState>) -> Router {
         .route("/v1/models/{*id}", get(models::get_model))
         .route("/v1/load_lora_adapter", post(adapters::load_adapter))
         .route("/v1/unload_lora_adapter", post(adapters::unload_adapter))
+        .route("/v1/files", get(files::list_files).post(files::create_file))
+        .route("/v1/files/{id}", get(files::get_file).delete(files::delete_file))
+        .route("/v1/files/{id}/content", get(files::get_content))
+        .route("/v1/uploads", post(uploads::create_upload))
+        .route("/v1/uploads/{id}/parts", post(uploads::add_part))
+        .route("/v1/uploads/{id}/complete", post(uploads::complete_upload))
+        .route("/v1/uploads/{id}/cancel", post(uploads::cancel_upload))
         .route("/health", get(health::health))
         .route("/ping", get(health::health))
         .route("/ready", get(health::ready))

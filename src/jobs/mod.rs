@@ -10,9 +10,12 @@
 
 mod ask;
 mod bell;
+mod blobs;
 mod error;
 mod evals;
 mod evaluation;
+mod expiry;
+mod files;
 mod grading;
 mod hyperparameters;
 mod ids;
@@ -20,16 +23,19 @@ mod python;
 mod records;
 mod service;
 mod store;
+mod uploads;
 mod webhooks;
 
 pub use self::{
     bell::Bell,
+    blobs::{Incoming, Staged},
     error::JobsError,
     evals::{
         Counts, CriterionCounts, CriterionResult, Eval, EvalOutput, EvalRun, EvalSource,
         ModelUsage, NewEval, NewRun, Outcome, RunStatus, SourceRow, valid_metadata,
     },
     evaluation::{Evaluation, evaluate},
+    files::{MAX_FILE_BYTES, NewFile},
     grading::{RunGrader, check_graders},
     hyperparameters::base_learning_rate,
     ids::{new_id, unix_seconds},
@@ -39,4 +45,5 @@ pub use self::{
     },
     service::{JobsConfig, Parts, Service, Webhook},
     store::{Order, Page, Query, Record, Store, StoreError, Transaction},
+    uploads::{MAX_PART_BYTES, MAX_UPLOAD_BYTES, NewUpload},
 };

@@ -3,4 +3,5 @@
 pub(crate) mod adapters;
 pub(crate) mod chat;
 pub(crate) mod evals;
+pub(crate) mod files;
 pub(crate) mod models;
