@@ -24,6 +24,8 @@ pub const NO_TRAINED_TOKENS: &str = "no_trained_tokens";
 pub const TEMPLATE_FAILED: &str = "template_failed";
 /// Code of a row whose answer is not what its template renders after the generation prompt.
 pub const TEMPLATE_NOT_PREFIX: &str = "template_not_prefix";
+/// Code of a row whose tool calls the chat template leaves out.
+pub const TOOL_CALLS_DROPPED: &str = "tool_calls_dropped";
 /// Code of a row that the tokenizer refuses.
 pub const TOKENIZER_FAILED: &str = "tokenizer_failed";
 
@@ -78,7 +80,24 @@ impl Encoder<'_> {
     }
 
     fn encode_row(&self, row: &Row, cuts_freely: bool) -> Result<Vec<Example>, Problem> {
-        let (lists, add_special_tokens) = match &row.body {
+        self.encode_body(&row.body, row.line, cuts_freely)
+    }
+
+    fn encode_body(
+        &self,
+        body: &RowBody,
+        line: usize,
+        cuts_freely: bool,
+    ) -> Result<Vec<Example>, Problem> {
+        let (lists, add_special_tokens) = match body {
+            RowBody::Preference { chosen, rejected } => {
+                let [mut chosen, rejected] = [
+                    self.encode_side(chosen, "preferred", line, cuts_freely)?,
+                    self.encode_side(rejected, "non-preferred", line, cuts_freely)?,
+                ];
+                chosen.rejected = Some(Box::new(rejected));
+                return Ok(vec![chosen]);
+            }
             RowBody::Chat { messages, trained, tools } => {
                 (self.chat_segments(messages, trained, tools.as_deref())?, false)
             }
@@ -99,12 +118,31 @@ impl Encoder<'_> {
             if let Some(first) = loss_mask.first_mut() {
                 *first = false;
             }
-            match self.truncate(row.line, tokens, loss_mask) {
+            match self.truncate(line, tokens, loss_mask) {
                 Ok(example) => examples.push(example),
                 Err(message) => untrained = message,
             }
         }
         if examples.is_empty() { Err((NO_TRAINED_TOKENS, untrained)) } else { Ok(examples) }
+    }
+
+    /// One side of a preference, which is one sequence.
+    fn encode_side(
+        &self,
+        body: &RowBody,
+        name: &str,
+        line: usize,
+        cuts_freely: bool,
+    ) -> Result<Example, Problem> {
+        let with_name = |(code, message)| (code, format!("{name} answer: {message}"));
+        let mut examples = self.encode_body(body, line, cuts_freely).map_err(with_name)?;
+        match (examples.pop(), examples.is_empty()) {
+            (Some(only), true) => Ok(only),
+            _ => {
+                let message = "the chat template rewrites its earlier turns, so it is not one text";
+                Err(with_name((TEMPLATE_NOT_PREFIX, message.to_owned())))
+            }
+        }
     }
 
     /// Keeps the start. The error says why no trained token is left.
@@ -129,7 +167,7 @@ impl Encoder<'_> {
         }
         tokens.truncate(self.max_length);
         loss_mask.truncate(self.max_length);
-        Ok(Example { line, tokens, loss_mask, num_truncated })
+        Ok(Example { line, tokens, loss_mask, num_truncated, rejected: None })
     }
 
     fn chat_segments(
@@ -159,6 +197,13 @@ impl Encoder<'_> {
                      of its generation prompt, so what a server would ask for cannot be trained"
                 );
                 (TEMPLATE_NOT_PREFIX, text)
+            }
+            TurnError::CallDropped { message, name } => {
+                let text = format!(
+                    "the chat template does not render the call of {name:?} in message {message}, \
+                     so it cannot be trained; the model needs a template with tools"
+                );
+                (TOOL_CALLS_DROPPED, text)
             }
         })?;
         lists

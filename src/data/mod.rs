@@ -8,6 +8,7 @@
 
 mod encode;
 mod format;
+mod kind;
 pub mod kitchen;
 mod question;
 mod read;
@@ -20,8 +21,9 @@ use std::{io, str::FromStr};
 use serde_json::Value;
 
 pub use self::{
-    encode::{Encoder, NO_TRAINED_TOKENS, TEMPLATE_FAILED, TEMPLATE_NOT_PREFIX, TOKENIZER_FAILED},
+    encode::{Encoder, NO_TRAINED_TOKENS, TEMPLATE_FAILED, TEMPLATE_NOT_PREFIX, TOKENIZER_FAILED, TOOL_CALLS_DROPPED},
     format::{FORMATS, Format, Problems},
+    kind::{RowKind, WRONG_ROW_KIND, kind_name, wrong_kinds},
     question::{Question, choose_examples, few_shot, questions},
     read::{MAX_LINE_BYTES, parse_rows, read_rows, read_valid_rows},
     split::{epoch_order, hold_out},
@@ -79,7 +81,7 @@ pub struct Row {
     pub body: RowBody,
 }
 
-/// The two kinds of rows that every format comes down to.
+/// The three kinds of rows that every format comes down to.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RowBody {
     /// A conversation, as the chat template is to render it.
@@ -97,6 +99,14 @@ pub enum RowBody {
         prompt: String,
         /// What is to be learned; an end-of-sequence token follows it.
         completion: String,
+    },
+    /// One prompt and two answers to it. Either side is the row that it would be alone; neither is a
+    /// preference.
+    Preference {
+        /// With the answer to be preferred.
+        chosen: Box<RowBody>,
+        /// With the other one.
+        rejected: Box<RowBody>,
     },
 }
 
@@ -132,13 +142,32 @@ pub struct Example {
     pub loss_mask: Vec<bool>,
     /// Tokens cut off by `max_length`.
     pub num_truncated: usize,
+    /// Of a preference: the same prompt with the answer that this one is preferred to.
+    pub rejected: Option<Box<Example>>,
 }
 
 impl Example {
-    /// How many tokens the loss counts.
+    /// The sequences that go through the model: itself, and the rejected one if there is one.
+    pub fn sides(&self) -> impl Iterator<Item = &Self> {
+        std::iter::once(self).chain(self.rejected.as_deref())
+    }
+
+    /// Tokens of all sides.
+    #[must_use]
+    pub fn num_tokens(&self) -> usize {
+        self.sides().map(|side| side.tokens.len()).sum()
+    }
+
+    /// How many tokens of all sides the loss counts.
     #[must_use]
     pub fn num_trained(&self) -> usize {
-        self.loss_mask.iter().filter(|trained| **trained).count()
+        self.sides().flat_map(|side| &side.loss_mask).filter(|trained| **trained).count()
+    }
+
+    /// Tokens that all sides have lost to the maximum length.
+    #[must_use]
+    pub fn num_lost(&self) -> usize {
+        self.sides().map(|side| side.num_truncated).sum()
     }
 }
 

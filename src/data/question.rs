@@ -22,16 +22,22 @@ pub struct Question {
 }
 
 impl Question {
-    /// The row's question; `None` for a conversation without an assistant message.
+    /// The row's question; `None` for a conversation without an assistant message. The expected
+    /// answer of a preference is the preferred one.
     #[must_use]
     pub fn new(row: &Row) -> Option<Self> {
-        match &row.body {
+        Self::of_body(&row.body, row.line)
+    }
+
+    fn of_body(body: &RowBody, line: usize) -> Option<Self> {
+        match body {
+            RowBody::Preference { chosen, .. } => Self::of_body(chosen, line),
             RowBody::PromptCompletion { prompt, completion } => Some(Self {
                 messages: Vec::new(),
                 tools: None,
                 raw_prompt: Some(prompt.clone()),
                 answer: completion.clone(),
-                line: row.line,
+                line,
             }),
             RowBody::Chat { messages, tools, .. } => {
                 let last = messages.iter().rposition(|message| message["role"] == "assistant")?;
@@ -40,7 +46,7 @@ impl Question {
                     tools: tools.clone(),
                     raw_prompt: None,
                     answer: answer(&messages[last]),
-                    line: row.line,
+                    line,
                 })
             }
         }

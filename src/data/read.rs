@@ -90,7 +90,7 @@ fn parse_line(bytes: &[u8], problems: &mut Problems) -> Option<RowBody> {
     };
     let Some(format) = FORMATS.iter().find(|format| (format.detect)(&row)) else {
         let keys: Vec<&str> = row.keys().map(String::as_str).take(8).collect();
-        let message = format!("no `messages` and no `prompt`; the keys are {keys:?}");
+        let message = format!("no `messages`, no `prompt` and no `input`; the keys are {keys:?}");
         problems.add("missing_messages_list", message);
         return None;
     };

@@ -3,8 +3,6 @@
 
 use std::collections::HashMap;
 
-use serde_json::Value;
-
 use super::{Example, Question, Row, RowBody};
 
 /// Five quantiles and the mean of a number that every row has.
@@ -48,7 +46,7 @@ impl Distribution {
 /// A data set in numbers.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RowStats {
-    /// Messages per row; a prompt and its completion are two.
+    /// Messages per row; a prompt and its completion are two. A preference counts its better side.
     pub num_messages: Distribution,
     /// Tokens per row before truncation.
     pub num_tokens: Distribution,
@@ -68,14 +66,11 @@ impl RowStats {
     /// Of a data set's rows and their examples.
     #[must_use]
     pub fn new(rows: &[Row], examples: &[Example]) -> Self {
-        let truncated = examples.iter().map(|example| example.num_truncated);
+        let truncated = examples.iter().map(Example::num_lost);
         Self {
-            num_messages: Distribution::new(rows.iter().map(|row| match &row.body {
-                RowBody::Chat { messages, .. } => messages.len(),
-                RowBody::PromptCompletion { .. } => 2,
-            })),
+            num_messages: Distribution::new(rows.iter().map(|row| num_messages(&row.body))),
             num_tokens: Distribution::new(
-                examples.iter().map(|example| example.tokens.len() + example.num_truncated),
+                examples.iter().map(|example| example.num_tokens() + example.num_lost()),
             ),
             num_trained_tokens: Distribution::new(examples.iter().map(Example::num_trained)),
             num_truncated_rows: truncated.clone().filter(|count| *count > 0).count(),
@@ -104,7 +99,7 @@ impl RunEstimate {
     #[must_use]
     pub fn new(examples: &[Example], epochs: f64, batch_size: usize) -> Self {
         let steps_per_epoch = examples.len().div_ceil(batch_size.max(1));
-        let num_tokens: usize = examples.iter().map(|example| example.tokens.len()).sum();
+        let num_tokens: usize = examples.iter().map(Example::num_tokens).sum();
         let num_trained: usize = examples.iter().map(Example::num_trained).sum();
         let of_all_epochs = |count: usize| (epochs * count as f64).ceil() as usize;
         Self {
@@ -185,10 +180,23 @@ fn prompt_key(question: &Question) -> String {
 }
 
 fn num_missing(rows: &[Row], role: &str) -> usize {
-    let lacks = |messages: &[Value]| !messages.iter().any(|message| message["role"] == role);
-    rows.iter()
-        .filter(|row| matches!(&row.body, RowBody::Chat { messages, .. } if lacks(messages)))
-        .count()
+    rows.iter().filter(|row| lacks(&row.body, role)).count()
+}
+
+fn lacks(body: &RowBody, role: &str) -> bool {
+    match body {
+        RowBody::Chat { messages, .. } => !messages.iter().any(|message| message["role"] == role),
+        RowBody::PromptCompletion { .. } => false,
+        RowBody::Preference { chosen, .. } => lacks(chosen, role),
+    }
+}
+
+fn num_messages(body: &RowBody) -> usize {
+    match body {
+        RowBody::Chat { messages, .. } => messages.len(),
+        RowBody::PromptCompletion { .. } => 2,
+        RowBody::Preference { chosen, .. } => num_messages(chosen),
+    }
 }
 
 /// Quantile `q` (0 to 1) of ascending values, linear between neighbours.

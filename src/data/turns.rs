@@ -23,6 +23,8 @@ pub(super) enum TurnError {
     Template { num_messages: usize, source: TextError },
     /// The rendering that ends with this message (from 1) does not start with its own prompt.
     NotPrefix { message: usize },
+    /// The trained text of this message (from 1) lacks the tool that it calls.
+    CallDropped { message: usize, name: String },
 }
 
 /// The conversation's text, cut so that every trained answer is a segment of its own. One list of
@@ -49,6 +51,9 @@ pub(super) fn segments(
         if !full.starts_with(&prompt) || full.len() == prompt.len() {
             return Err(TurnError::NotPrefix { message: index + 1 });
         }
+        if let Some(name) = dropped_call(&messages[index], &full[prompt.len()..]) {
+            return Err(TurnError::CallDropped { message: index + 1, name });
+        }
         turns.push(Turn { prompt_len: prompt.len(), full });
     }
     let rewritten = turns.iter().any(|turn| !whole.starts_with(&turn.full));
@@ -57,6 +62,13 @@ pub(super) fn segments(
     } else {
         Ok(vec![cut(&whole, &turns)])
     }
+}
+
+/// The first function that `message` calls and its rendering `text` does not name.
+fn dropped_call(message: &Value, text: &str) -> Option<String> {
+    let calls = message["tool_calls"].as_array()?;
+    let names = calls.iter().filter_map(|call| call["function"]["name"].as_str());
+    names.into_iter().find(|name| !text.contains(*name)).map(str::to_owned)
 }
 
 /// One trained message: the conversation's rendering up to its end, of which the first `prompt_len`

@@ -30,7 +30,8 @@ pub enum BpeError {
 /// The tokens of ChatML and the end of a text; their ids are 0, 1 and 2.
 pub const SPECIAL_TOKENS: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
 
-const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+/// ChatML, with tools in the system turn and calls as Hermes and Qwen write them.
+const CHAT_TEMPLATE: &str = include_str!("chatml_tools.jinja");
 
 /// A space belongs to what stands before it, and to a word only where another word follows: so a
 /// food is the same tokens at the end of a phrase and inside quotes, and no token is a bare space,
@@ -78,7 +79,7 @@ pub fn write_chat_tokenizer<'a>(
         "pad_token": end_of_text,
         "clean_up_tokenization_spaces": false,
         "model_max_length": 1024,
-        "chat_template": CHATML,
+        "chat_template": CHAT_TEMPLATE.trim_end(),
     });
     fs::write(dir.join("tokenizer_config.json"), format!("{config:#}\n"))?;
     let ids = 0..tokenizer.get_vocab_size(true) as u32;

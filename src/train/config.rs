@@ -24,6 +24,10 @@ pub struct TrainConfig {
     pub output: PathBuf,
     /// What is trained.
     pub method: Method,
+    /// What the loss is.
+    pub objective: Objective,
+    /// How strongly `dpo` holds on to the adapter that it started from, above 0 and at most 2.
+    pub dpo_beta: f64,
     /// LoRA rank r.
     pub rank: usize,
     /// LoRA alpha; the update is scaled by alpha / r (alpha / sqrt(r) with `rslora`).
@@ -70,6 +74,15 @@ pub struct TrainConfig {
     pub loss_on: LossTokens,
     /// Validate every so many steps (and at the end); 0 = only at the end.
     pub eval_every: usize,
+    /// Rows of a validation between epochs, in rotation; none = all.
+    pub valid_batch: Option<usize>,
+    /// Publish the adapter at the end of each epoch as `step-N` in this folder.
+    pub epoch_dir: Option<PathBuf>,
+    /// Adapters that are kept there: the newest.
+    pub keep_epochs: usize,
+    /// Write the log-probabilities of so many examples beside the output, so that a server can be
+    /// compared with the trainer.
+    pub parity_examples: usize,
     /// Checkpoint every so many steps.
     pub checkpoint_every: usize,
     /// Checkpoint at the latest after so many seconds.
@@ -96,6 +109,17 @@ pub enum Method {
     Lora,
     /// Every weight; from random ones where the model folder has none.
     Full,
+}
+
+/// What the loss is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Objective {
+    /// Supervised: the negative log-likelihood of the trained tokens.
+    Sft,
+    /// Direct preference optimization: that preferred answers gain on the others, compared with the
+    /// adapter at the start.
+    Dpo,
 }
 
 /// How the learning rate changes after the warm-up.
@@ -143,6 +167,8 @@ impl Default for TrainConfig {
             valid: None,
             output: PathBuf::new(),
             method: Method::Lora,
+            objective: Objective::Sft,
+            dpo_beta: 0.1,
             rank: 16,
             alpha: 32.0,
             dropout: 0.0,
@@ -166,6 +192,10 @@ impl Default for TrainConfig {
             max_length: 1024,
             loss_on: LossTokens::Assistant,
             eval_every: 0,
+            valid_batch: None,
+            epoch_dir: None,
+            keep_epochs: 3,
+            parity_examples: 0,
             checkpoint_every: 100,
             checkpoint_seconds: 120,
             time_limit: None,
@@ -186,6 +216,10 @@ const FREE_KEYS: &[&str] = &[
     "output",
     "init_adapter",
     "eval_every",
+    "valid_batch",
+    "epoch_dir",
+    "keep_epochs",
+    "parity_examples",
     "checkpoint_every",
     "checkpoint_seconds",
     "time_limit",
@@ -228,16 +262,32 @@ impl TrainConfig {
         let minutes = self.time_limit.unwrap_or(1.0);
         require(minutes.is_finite() && minutes > 0.0, "time_limit", &minutes, "above 0")?;
         require(self.threads != Some(0), "threads", &0, "at least 1")?;
+        require(self.valid_batch != Some(0), "valid_batch", &0, "at least 1")?;
+        require(self.keep_epochs > 0, "keep_epochs", &0, "at least 1")?;
+        self.check_objective()?;
         self.targets.projections()?;
         let adapter_only = self.method == Method::Lora || self.init_adapter.is_none();
         require(adapter_only, "init_adapter", &"set", "unset with method full")
     }
 
-    /// The peak learning rate: as given, else 2e-4 for LoRA, 2e-5 for all weights of a trained
-    /// model and 1e-3 from random ones.
+    fn check_objective(&self) -> Result<(), TrainError> {
+        let beta = self.dpo_beta;
+        require(beta > 0.0 && beta <= 2.0, "dpo_beta", &beta, "above 0 and at most 2")?;
+        let supervised = self.objective == Objective::Sft;
+        let adapter = self.method == Method::Lora;
+        require(supervised || adapter, "objective", &"dpo", "sft with method full")?;
+        let answers = self.loss_on == LossTokens::Assistant;
+        require(supervised || answers, "loss_on", &"all", "assistant with objective dpo")?;
+        let epochs = adapter || self.epoch_dir.is_none();
+        require(epochs, "epoch_dir", &"set", "unset with method full")
+    }
+
+    /// The peak learning rate: as given, else 2e-4 for LoRA (5e-5 with `dpo`), 2e-5 for all weights
+    /// of a trained model and 1e-3 from random ones.
     #[must_use]
     pub fn learning_rate(&self, from_random: bool) -> f64 {
         let default = match self.method {
+            Method::Lora if self.objective == Objective::Dpo => 5e-5,
             Method::Lora => 2e-4,
             Method::Full if from_random => 1e-3,
             Method::Full => 2e-5,

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// Something that happened. Losses are mean negative log-likelihoods per trained token, in nats.
+/// Something that happened. Losses are mean negative log-likelihoods per trained token, in nats. With
+/// the objective `dpo` they are means over pairs, and `token_accuracy` is the share of pairs whose
+/// preferred answer has gained on the other.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum TrainEvent {
@@ -43,6 +45,9 @@ pub enum TrainEvent {
         num_tokens: usize,
         /// Tokens that counted in the loss.
         num_trained_tokens: usize,
+        /// The pairs' mean rewards.
+        #[serde(flatten)]
+        rewards: Option<Rewards>,
         /// Wall time of the step.
         seconds: f64,
     },
@@ -50,6 +55,8 @@ pub enum TrainEvent {
     Validated {
         /// Steps made before.
         step: usize,
+        /// Whether all validation rows were asked, not only the next few in rotation.
+        full: bool,
         /// Over all trained tokens of the validation rows.
         loss: f64,
         /// `exp(loss)`.
@@ -58,8 +65,20 @@ pub enum TrainEvent {
         token_accuracy: f64,
         /// Tokens that counted.
         num_trained_tokens: usize,
+        /// The pairs' mean rewards.
+        #[serde(flatten)]
+        rewards: Option<Rewards>,
         /// Wall time.
         seconds: f64,
+    },
+    /// An epoch is over and its adapter published.
+    Epoch {
+        /// Steps made.
+        step: usize,
+        /// Passes over the data, counted from 1; the last may be a part of one.
+        epoch: usize,
+        /// The adapter's folder.
+        path: PathBuf,
     },
     /// A checkpoint is on disk.
     Checkpointed {
@@ -67,6 +86,11 @@ pub enum TrainEvent {
         step: usize,
         /// Its folder.
         path: PathBuf,
+    },
+    /// The run was asked to stop; a checkpoint waits for `resume`.
+    Stopped {
+        /// Steps made.
+        step: usize,
     },
     /// Something to know that does not stop the run.
     Warning {
@@ -80,6 +104,18 @@ pub enum TrainEvent {
         /// The folder.
         path: PathBuf,
     },
+}
+
+/// How much more likely `dpo` has made the answers than they were at the start, times beta: means
+/// over pairs.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Rewards {
+    /// Of the preferred answers.
+    pub reward_chosen: f64,
+    /// Of the others.
+    pub reward_rejected: f64,
+    /// The difference.
+    pub reward_margin: f64,
 }
 
 /// Everything that happened in a run, over all resumptions, as events and as lines.

@@ -4,9 +4,10 @@
 //!
 //! Two things are settled here, as the server settles them for a request, so that templates need not
 //! know them: text parts become one string of lines, and `developer` becomes `system`, the role it
-//! replaced.
+//! replaced. Likewise a `function_call` becomes the one tool call that it means, and the role
+//! `function` becomes `tool`.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::Problems;
 use crate::data::read::kind;
@@ -45,6 +46,7 @@ pub(super) fn parse(
             continue;
         };
         let weight = check_message(&mut message, &place, problems);
+        modernize(&mut message);
         let message = Value::Object(message);
         trained.push(is_assistant(&message) && weight);
         messages.push(message);
@@ -55,6 +57,20 @@ pub(super) fn parse(
 /// Whether the message is the assistant's.
 pub(super) fn is_assistant(message: &Value) -> bool {
     message["role"] == "assistant"
+}
+
+/// Writes a function call, or the answer to one, as tools have it.
+fn modernize(message: &mut Map<String, Value>) {
+    /// Nine characters, as the templates that look at it want.
+    const ID: &str = "function0";
+    if let Some(function) = message.shift_remove("function_call") {
+        let call = json!({"id": ID, "type": "function", "function": function});
+        message.entry("tool_calls").or_insert_with(|| vec![call].into());
+    }
+    if message.get("role").is_some_and(|role| role == "function") {
+        message.insert("role".to_owned(), "tool".into());
+        message.insert("tool_call_id".to_owned(), ID.into());
+    }
 }
 
 /// Checks one message and takes out what is not for the template. Returns whether its weight is 1.

@@ -3,6 +3,7 @@
 
 mod messages;
 mod openai_chat;
+mod preference;
 mod prompt_completion;
 
 use serde_json::{Map, Value};
@@ -22,7 +23,8 @@ pub struct Format {
 }
 
 /// Every known format, in the order in which they are tried.
-pub const FORMATS: &[Format] = &[openai_chat::FORMAT, prompt_completion::FORMAT];
+pub const FORMATS: &[Format] = 
+    &[openai_chat::FORMAT, preference::FORMAT, prompt_completion::FORMAT];
 
 /// Collects what is wrong with one row.
 #[derive(Debug, Default)]
