@@ -10,7 +10,13 @@ use tunesmith::{
 /// An example of `length` tokens whose second half is trained; its tokens name it.
 fn example(index: usize, length: usize) -> Example {
     let loss_mask = (0..length).map(|position| position > 0 && position >= length / 2).collect();
-    Example { line: index + 1, tokens: vec![index as u32; length], loss_mask, num_truncated: 0 }
+    Example {
+        line: index + 1,
+        tokens: vec![index as u32; length],
+        loss_mask,
+        num_truncated: 0,
+        rejected: None,
+    }
 }
 
 fn plan(num_examples: usize, batch_size: usize, micro_batch_tokens: usize, seed: u64) -> BatchPlan {

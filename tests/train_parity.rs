@@ -24,7 +24,7 @@ fn example(sequence: &Value) -> Example {
     let tokens: Vec<u32> = serde_json::from_value(sequence["tokens"].clone()).unwrap();
     let mask: Vec<u8> = serde_json::from_value(sequence["loss_mask"].clone()).unwrap();
     let loss_mask = mask.into_iter().map(|counts| counts == 1).collect();
-    Example { line: 1, tokens, loss_mask, num_truncated: 0 }
+    Example { line: 1, tokens, loss_mask, num_truncated: 0, rejected: None }
 }
 
 fn check(name: &str) {

@@ -46,7 +46,7 @@ fn examples(count: usize) -> Vec<Example> {
         let length = 8 + index * 5 % 17;
         let tokens = (0..length).map(|at| (20 + index % 5 * 3 + at % 4) as u32).collect();
         let loss_mask = (0..length).map(|at| at >= length / 2).collect();
-        Example { line: index + 1, tokens, loss_mask, num_truncated: 0 }
+        Example { line: index + 1, tokens, loss_mask, num_truncated: 0, rejected: None }
     };
     (0..count).map(example).collect()
 }

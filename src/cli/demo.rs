@@ -121,6 +121,8 @@ fn check(places: &Places, recipe: &TrainConfig) -> anyhow::Result<Vec<Value>> {
         epochs: recipe.epochs,
         batch_size: recipe.batch_size,
         show: 0,
+        json: false,
+        method: None,
     };
     println!(
         "$ tunesmith check {} --model {} --valid {}",
@@ -162,7 +164,7 @@ fn train_adapter(places: &Places, threads: Option<usize>) -> anyhow::Result<()> 
         show(&places.adapter)
     );
     config.validate()?;
-    let job = prepare(config)?;
+    let job = prepare(config, &|line| println!("{line}"))?;
     let mut progress = Progress::new();
     let result = train(&job, &mut |event| progress.show(event), &AtomicBool::new(false));
     progress.finish();

@@ -10,6 +10,7 @@ mod config;
 mod demo;
 mod eval;
 mod health;
+mod limits;
 mod merge;
 mod progress;
 mod pull;

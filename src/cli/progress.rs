@@ -58,7 +58,12 @@ impl Progress {
                 ));
             }
             TrainEvent::Warning { message } => self.say(&format!("warning: {message}")),
-            TrainEvent::Checkpointed { .. } | TrainEvent::Published { .. } => {}
+            TrainEvent::Epoch { epoch, path, .. } => {
+                self.say(&format!("epoch {epoch}: published {}", path.display()));
+            }
+            TrainEvent::Checkpointed { .. }
+            | TrainEvent::Published { .. }
+            | TrainEvent::Stopped { .. } => {}
         }
     }
 

@@ -60,10 +60,7 @@ pub fn wrong_kinds(rows: &[Row], wants_preferences: bool) -> Vec<RowError> {
          (or `prompt` and `completion`)"
     };
     let is_wrong = |row: &&Row| (RowKind::of(row) == RowKind::Preference) != wants_preferences;
-    let error = |row: &Row| RowError {
-        line: row.line,
-        code: WRONG_ROW_KIND,
-        message: message.to_owned(),
-    };
+    let error =
+        |row: &Row| RowError { line: row.line, code: WRONG_ROW_KIND, message: message.to_owned() };
     rows.iter().filter(is_wrong).map(error).collect()
 }

@@ -21,7 +21,10 @@ use std::{io, str::FromStr};
 use serde_json::Value;
 
 pub use self::{
-    encode::{Encoder, NO_TRAINED_TOKENS, TEMPLATE_FAILED, TEMPLATE_NOT_PREFIX, TOKENIZER_FAILED, TOOL_CALLS_DROPPED},
+    encode::{
+        Encoder, NO_TRAINED_TOKENS, TEMPLATE_FAILED, TEMPLATE_NOT_PREFIX, TOKENIZER_FAILED,
+        TOOL_CALLS_DROPPED,
+    },
     format::{FORMATS, Format, Problems},
     kind::{RowKind, WRONG_ROW_KIND, kind_name, wrong_kinds},
     question::{Question, choose_examples, few_shot, questions},

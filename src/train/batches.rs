@@ -52,17 +52,18 @@ impl BatchPlan {
     }
 }
 
-/// Cuts `examples` into runs of at most `limit` tokens, or of one example.
+/// Cuts `examples` into runs of at most `limit` tokens, or of one example. The sides of a preference stay
+/// together.
 #[must_use]
 pub fn split_by_tokens(examples: &[&Example], limit: usize) -> Vec<Range<usize>> {
     let mut runs = Vec::new();
     let (mut start, mut num_tokens) = (0, 0);
     for (index, example) in examples.iter().enumerate() {
-        if index > start && num_tokens + example.tokens.len() > limit {
+        if index > start && num_tokens + example.num_tokens() > limit {
             runs.push(start..index);
             (start, num_tokens) = (index, 0);
         }
-        num_tokens += example.tokens.len();
+        num_tokens += example.num_tokens();
     }
     if start < examples.len() {
         runs.push(start..examples.len());
@@ -84,18 +85,18 @@ pub struct MicroBatch {
 }
 
 impl MicroBatch {
-    /// Concatenates `examples`. A trained token is the target of the row before it; the first token
-    /// of a sequence has no such row and never counts.
+    /// Concatenates `examples`; the rejected side of a preference follows the other one.
     #[must_use]
     pub fn new(examples: &[&Example]) -> Self {
-        let num_tokens = examples.iter().map(|example| example.tokens.len()).sum();
-        let mut batch = Self {
-            tokens: Vec::with_capacity(num_tokens),
-            lengths: Vec::with_capacity(examples.len()),
-            rows: Vec::new(),
-            targets: Vec::new(),
-        };
-        for example in examples {
+        Self::of_sequences(examples.iter().flat_map(|example| example.sides()))
+    }
+
+    /// Concatenates sequences. A trained token is the target of the row before it; the first token
+    /// of a sequence has no such row and never counts.
+    pub(super) fn of_sequences<'a>(sequences: impl Iterator<Item = &'a Example>) -> Self {
+        let (tokens, lengths) = (Vec::new(), Vec::new());
+        let mut batch = Self { tokens, lengths, rows: Vec::new(), targets: Vec::new() };
+        for example in sequences {
             let start = batch.tokens.len();
             for (position, &token) in example.tokens.iter().enumerate().skip(1) {
                 if example.loss_mask[position] {

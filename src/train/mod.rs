@@ -8,14 +8,18 @@ mod backward;
 mod batches;
 mod checkpoint;
 mod config;
+mod epochs;
 mod events;
+mod objective;
 mod optimizer;
 mod output;
+mod parity;
 mod recipe;
 mod report;
 mod schedule;
 mod trainable;
 mod trainer;
+mod validation;
 mod workers;
 mod workspace;
 
@@ -24,8 +28,8 @@ use std::{io, path::PathBuf};
 pub use backward::{Gradients, clip_factor};
 pub use batches::{BatchPlan, MicroBatch, split_by_tokens};
 pub use checkpoint::{Checkpoint, newest_checkpoint, write_checkpoint};
-pub use config::{LossTokens, Method, ScheduleKind, Targets, TrainConfig, WeightDtype};
-pub use events::{EventLog, TrainEvent};
+pub use config::{LossTokens, Method, Objective, ScheduleKind, Targets, TrainConfig, WeightDtype};
+pub use events::{EventLog, Rewards, TrainEvent};
 pub use optimizer::{AdamW, AdamWConfig, Moments};
 pub use recipe::Recipe;
 pub use report::loss_curve_svg;
@@ -85,7 +89,7 @@ pub struct TrainSummary {
     pub step: usize,
     /// Optimizer steps planned.
     pub total_steps: usize,
-    /// Loss of the last step, nats per trained token; `None` before the first step.
+    /// Loss of the last step; `None` before the first step.
     pub loss: Option<f64>,
     /// Loss and token accuracy on the validation rows at the end.
     pub valid: Option<(f64, f64)>,

@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 use super::{
     EventLog, Outcome, TrainError, TrainJob, TrainSummary, WeightDtype,
     checkpoint::newest_first,
+    parity::PARITY_FILE,
     recipe::Recipe,
     report,
     trainable::Trainable,
@@ -45,6 +46,8 @@ pub(super) struct Finished<'a> {
     pub(super) step: usize,
     pub(super) total_steps: usize,
     pub(super) seconds: f64,
+    /// Text of `parity.json`, if one is wanted.
+    pub(super) parity: Option<String>,
 }
 
 /// Refuses to touch an output or an unfinished run that nobody said may go. A finished run that is
@@ -73,11 +76,11 @@ pub(super) fn check(job: &TrainJob) -> Result<Option<TrainSummary>, TrainError> 
     Ok(None)
 }
 
-/// Publishes the output folder at once, replacing one that is there. Returns the digest of its
+/// Publishes the folder `output` at once, replacing one that is there. Returns the digest of its
 /// weights.
-pub(super) fn publish(run: &Finished<'_>) -> Result<String, TrainError> {
+pub(super) fn publish(run: &Finished<'_>, output: &Path) -> Result<String, TrainError> {
     let mut digest = String::new();
-    publish_dir(&run.job.config.output, |dir| -> Result<(), TrainError> {
+    publish_dir(output, |dir| -> Result<(), TrainError> {
         digest = match &run.model.adapter {
             Some(adapter) => write_adapter(run, adapter, dir)?,
             None => write_model(run, dir)?,
@@ -89,6 +92,9 @@ pub(super) fn publish(run: &Finished<'_>) -> Result<String, TrainError> {
             }
         }
         fs::write(dir.join(EVENTS_FILE), run.log.text())?;
+        if let Some(parity) = &run.parity {
+            fs::write(dir.join(PARITY_FILE), parity)?;
+        }
         fs::write(dir.join("loss.svg"), report::loss_curve_svg(run.log.events()))?;
         Ok(card(run, &digest).write(dir)?)
     })?;

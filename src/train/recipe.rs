@@ -48,7 +48,7 @@ impl Recipe {
 /// Of tokens and masks: what rows, template, tokenizer and truncation came to.
 fn examples_sha256(examples: &[Example]) -> String {
     let mut bytes = Vec::new();
-    for example in examples {
+    for example in examples.iter().flat_map(Example::sides) {
         bytes.extend((example.tokens.len() as u64).to_le_bytes());
         bytes.extend(example.tokens.iter().flat_map(|token| token.to_le_bytes()));
         bytes.extend(example.loss_mask.iter().map(|&counts| u8::from(counts)));

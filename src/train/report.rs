@@ -10,11 +10,13 @@ pub(super) fn last_loss(events: &[TrainEvent]) -> Option<f64> {
     train_points(events).last().map(|&(_, loss)| loss)
 }
 
-/// Loss and token accuracy of the newest validation.
+/// Loss and token accuracy of the newest validation over all rows.
 pub(super) fn last_validation(events: &[TrainEvent]) -> Option<(f64, f64)> {
-    events.iter().rev().find_map(|event| {
-        let TrainEvent::Validated { loss, token_accuracy, .. } = event else { return None };
-        Some((*loss, *token_accuracy))
+    events.iter().rev().find_map(|event| match event {
+        TrainEvent::Validated { full: true, loss, token_accuracy, .. } => {
+            Some((*loss, *token_accuracy))
+        }
+        _ => None,
     })
 }
 
@@ -241,6 +243,7 @@ mod tests {
             grad_norm: 0.0,
             num_tokens: 1,
             num_trained_tokens: 1,
+            rewards: None,
             seconds: 1.0,
         }
     }
@@ -250,10 +253,12 @@ mod tests {
         let num_trained_tokens = 1;
         TrainEvent::Validated {
             step,
+            full: true,
             loss,
             perplexity,
             token_accuracy,
             num_trained_tokens,
+            rewards: None,
             seconds: 1.0,
         }
     }

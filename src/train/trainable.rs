@@ -19,16 +19,21 @@ pub(super) struct Trainable {
 
 /// Losses of one micro-batch.
 pub(super) struct MicroBatchLoss {
-    /// Sum of negative log-likelihoods over the trained tokens, differentiable. Scalar, f32.
-    pub(super) nll_sum: Tensor,
+    /// Negative log-likelihood of each trained token, differentiable. `[rows]`, f32.
+    pub(super) nll: Tensor,
     /// Trained tokens that were the arg max.
     pub(super) num_correct: f64,
 }
 
 impl MicroBatchLoss {
-    /// The sum as a number.
-    pub(super) fn nll(&self) -> Result<f64, TrainError> {
-        Ok(self.nll_sum.to_dtype(DType::F64)?.to_scalar()?)
+    /// Over all trained tokens, differentiable. Scalar, f32.
+    pub(super) fn sum(&self) -> Result<Tensor, TrainError> {
+        Ok(self.nll.sum_all()?)
+    }
+
+    /// The losses as numbers.
+    pub(super) fn values(&self) -> Result<Vec<f32>, TrainError> {
+        Ok(self.nll.to_vec1()?)
     }
 }
 
@@ -87,8 +92,7 @@ impl Trainable {
         })?;
         let losses = self.decoder.token_losses(&hidden, &batch.rows, &batch.targets)?; // [2, n]
         let correct = losses.get(1)?.detach().to_dtype(DType::F64)?.sum_all()?;
-        let nll_sum = losses.get(0)?.sum_all()?;
-        Ok(MicroBatchLoss { nll_sum, num_correct: correct.to_scalar()? })
+        Ok(MicroBatchLoss { nll: losses.get(0)?, num_correct: correct.to_scalar()? })
     }
 }
 

@@ -7,14 +7,16 @@ use std::{
 };
 
 use super::{
-    AdamW, AdamWConfig, BatchPlan, EventLog, Gradients, Outcome, Schedule, TrainConfig, TrainError,
-    TrainEvent, TrainJob, TrainSummary,
-    batches::{MicroBatch, split_by_tokens},
-    checkpoint, clip_factor, output,
+    AdamW, AdamWConfig, BatchPlan, EventLog, Gradients, Objective, Outcome, Schedule, TrainConfig,
+    TrainError, TrainEvent, TrainJob, TrainSummary, checkpoint, clip_factor, epochs,
+    objective::{PairLogProbs, Part, Sums, parts, reference},
+    output,
+    parity::parity,
     recipe::Recipe,
     report,
     schedule::warmup_steps,
     trainable::Trainable,
+    validation::{self, measure, rotation},
     work_dir,
     workers::Workers,
     workspace::Workspace,
@@ -41,9 +43,11 @@ pub fn run(
 ) -> Result<TrainSummary, TrainError> {
     job.config.validate()?;
     if let Some(summary) = output::check(job)? {
+        let (step, path) = (summary.step, summary.path.clone());
+        observer(&TrainEvent::Published { step, path });
         return Ok(summary);
     }
-    let mut trainer = Trainer::new(job, observer)?;
+    let mut trainer = Trainer::new(job, observer, stop)?;
     let outcome = trainer.train(stop)?;
     if outcome == Outcome::Stopped {
         return trainer.stop();
@@ -62,6 +66,8 @@ struct Trainer<'a> {
     workers: Workers,
     plan: BatchPlan,
     schedule: Schedule,
+    /// What the adapter at the start says of training and validation pairs; empty without pairs.
+    reference: (Vec<PairLogProbs>, Vec<PairLogProbs>),
     /// What a checkpoint must agree on.
     recipe: Recipe,
     /// Everything that happened, over all resumptions.
@@ -78,12 +84,23 @@ impl<'a> Trainer<'a> {
     fn new(
         job: &'a TrainJob,
         observer: &'a mut dyn FnMut(&TrainEvent),
+        stop: &AtomicBool,
     ) -> Result<Self, TrainError> {
         let started = Instant::now();
         let config = &job.config;
         let workspace = Workspace::open(&config.output)?;
         let model = Trainable::load(&job.model_dir, config)?;
         check_examples(job, model.decoder.config().vocab_size)?;
+        epochs::prepare(config)?;
+        let workers = Workers::new(num_workers(&model))?;
+        // Before a checkpoint is read: the parameters are still those of the start, so a resumed run
+        // compares with the same numbers.
+        let mut at_start = (Vec::new(), Vec::new());
+        if config.objective == Objective::Dpo {
+            let limit = config.micro_batch_tokens;
+            at_start.0 = reference(&model, &workers, &job.train, limit, stop)?;
+            at_start.1 = reference(&model, &workers, &job.valid, limit, stop)?;
+        }
         let plan = BatchPlan {
             num_examples: job.train.len(),
             batch_size: config.batch_size,
@@ -109,7 +126,8 @@ impl<'a> Trainer<'a> {
         );
         let mut trainer = Self {
             gradients: Gradients::new(optimizer.parameters()),
-            workers: Workers::new(num_workers(&model))?,
+            workers,
+            reference: at_start,
             recipe: Recipe::new(job, &model, &schedule),
             log: EventLog::default(),
             step: 0,
@@ -143,8 +161,14 @@ impl<'a> Trainer<'a> {
                 return Ok(Outcome::Stopped);
             }
             let at_end = self.step == self.schedule.total_steps;
-            if config.eval_every > 0 && self.step.is_multiple_of(config.eval_every) && !at_end {
-                self.validate()?;
+            let at_epoch = self.step.is_multiple_of(self.plan.steps_per_epoch());
+            if at_epoch && config.epoch_dir.is_some() && !at_end {
+                self.end_epoch()?;
+            } else if config.eval_every > 0
+                && self.step.is_multiple_of(config.eval_every)
+                && !at_end
+            {
+                self.validate(false)?;
             }
             let (made, step) = self.last_checkpoint;
             let overdue = made.elapsed() >= Duration::from_secs(config.checkpoint_seconds);
@@ -159,86 +183,92 @@ impl<'a> Trainer<'a> {
     /// if `stop` was set on the way; nothing has changed then.
     fn make_step(&mut self, stop: &AtomicBool) -> Result<bool, TrainError> {
         let begun = Instant::now();
-        let micro_batches = self.plan.micro_batches(&self.job.train, self.step);
-        // The loss is one mean over all trained tokens of the window, however it is cut.
-        let num_trained: usize = micro_batches.iter().map(|batch| batch.rows.len()).sum();
-        self.gradients.clear();
-        let (mut nll_sum, mut num_correct, mut stopped) = (0.0, 0.0, false);
-        let (model, parameters) = (&self.model, self.optimizer.parameters());
+        let batches = self.plan.micro_batches(&self.job.train, self.step);
+        let references = self.plan.examples_of_step(self.step).into_iter();
+        let references = references.filter_map(|index| self.reference.0.get(index).copied());
+        let parts = parts(batches, references);
         let (config, step) = (&self.job.config, self.step);
-        let forward_and_backward = |index: usize, batch: &MicroBatch| {
+        // The loss is one mean over all units of the window, however it is cut.
+        let num_units: usize = parts.iter().map(|part| part.num_units(config.objective)).sum();
+        self.gradients.clear();
+        let (mut sums, mut stopped) = (Sums::default(), false);
+        let (model, parameters) = (&self.model, self.optimizer.parameters());
+        let forward_and_backward = |index: usize, part: &Part| {
             if stop.load(Ordering::Relaxed) {
                 return Ok(None);
             }
-            let loss = model.forward(batch, dropout(config, step, index))?;
-            let nll = loss.nll()?;
-            let scaled = (loss.nll_sum / num_trained as f64)?;
-            Ok(Some((nll, loss.num_correct, scaled.backward()?)))
+            let (sums, loss) = part.loss(model, config, dropout(config, step, index))?;
+            let scaled = (loss / num_units as f64)?;
+            Ok(Some((sums, scaled.backward()?)))
         };
-        self.workers.in_order(&micro_batches, forward_and_backward, |result| {
-            let Some((nll, correct, store)) = result else {
+        self.workers.in_order(&parts, forward_and_backward, |result| {
+            let Some((of_part, store)) = result else {
                 stopped = true;
                 return Ok(());
             };
-            nll_sum += nll;
-            num_correct += correct;
+            sums.add(of_part);
             self.gradients.add(parameters, store)
         })?;
         if stopped {
             return Ok(false);
         }
-        let loss = finite("loss", nll_sum / num_trained as f64, self.step)?;
+        let loss = finite("loss", sums.loss / num_units as f64, self.step)?;
         let grad_norm = finite("gradient norm", self.gradients.norm(), self.step)?;
 
         let learning_rate = self.schedule.learning_rate(self.step);
-        let scale = clip_factor(grad_norm, self.job.config.grad_clip);
+        let scale = clip_factor(grad_norm, config.grad_clip);
         self.optimizer.step(self.gradients.sums(), scale, learning_rate)?;
         self.step += 1;
         self.say(TrainEvent::Step {
             step: self.step,
             epoch: self.step as f64 / self.plan.steps_per_epoch() as f64,
             loss,
-            token_accuracy: num_correct / num_trained as f64,
+            token_accuracy: sums.num_correct / num_units as f64,
             learning_rate,
             grad_norm,
-            num_tokens: micro_batches.iter().map(|batch| batch.tokens.len()).sum(),
-            num_trained_tokens: num_trained,
+            num_tokens: parts.iter().map(|part| part.batch.tokens.len()).sum(),
+            num_trained_tokens: parts.iter().map(|part| part.batch.rows.len()).sum(),
+            rewards: sums.rewards(config.objective),
             seconds: begun.elapsed().as_secs_f64(),
         })?;
         Ok(true)
     }
 
-    /// Loss and accuracy on the validation examples, weighted by token. No gradient, no dropout.
-    fn validate(&mut self) -> Result<(), TrainError> {
+    /// Loss and accuracy on the validation examples: all of them, or the next few.
+    fn validate(&mut self, full: bool) -> Result<(), TrainError> {
         let begun = Instant::now();
-        let examples: Vec<&Example> = self.job.valid.iter().collect();
-        let runs = split_by_tokens(&examples, self.plan.micro_batch_tokens);
-        let batches = runs.into_iter().map(|range| MicroBatch::new(&examples[range]));
-        let batches: Vec<_> = batches.filter(|batch| !batch.rows.is_empty()).collect();
-        let num_trained: usize = batches.iter().map(|batch| batch.rows.len()).sum();
-        let model = &self.model;
-        let forward = |_, batch: &MicroBatch| {
-            let loss = model.forward(batch, None)?;
-            Ok((loss.nll()?, loss.num_correct))
+        let (config, valid) = (&self.job.config, &self.job.valid);
+        let chosen = if full || valid.is_empty() {
+            (0..valid.len()).collect()
+        } else {
+            rotation(config, valid.len(), self.step)
         };
-        let (mut nll_sum, mut num_correct) = (0.0, 0.0);
-        self.workers.in_order(&batches, forward, |(nll, correct)| {
-            nll_sum += nll;
-            num_correct += correct;
-            Ok(())
-        })?;
-        if num_trained == 0 {
+        let reference = &self.reference.1;
+        let (model, workers) = (&self.model, &self.workers);
+        let Some(measured) = measure(model, workers, config, valid, reference, &chosen)? else {
             return Ok(());
-        }
-        let loss = nll_sum / num_trained as f64;
-        self.say(TrainEvent::Validated {
-            step: self.step,
-            loss,
-            perplexity: loss.exp(),
-            token_accuracy: num_correct / num_trained as f64,
-            num_trained_tokens: num_trained,
-            seconds: begun.elapsed().as_secs_f64(),
-        })
+        };
+        let full = chosen.len() == valid.len();
+        let seconds = begun.elapsed().as_secs_f64();
+        self.say(validation::event(config, self.step, full, measured, seconds))
+    }
+
+    /// Validates on all rows, unless that was done after this step.
+    fn validate_fully(&mut self) -> Result<(), TrainError> {
+        let done = |event: &TrainEvent| matches!(event, TrainEvent::Validated { step, full: true, .. } if *step == self.step);
+        if self.log.events().iter().any(done) { Ok(()) } else { self.validate(true) }
+    }
+
+    /// Validates and publishes what there is after this epoch, if that is wanted.
+    fn end_epoch(&mut self) -> Result<(), TrainError> {
+        let config = &self.job.config;
+        let Some(dir) = &config.epoch_dir else { return Ok(()) };
+        self.validate_fully()?;
+        let path = epochs::folder(dir, self.step);
+        output::publish(&self.finished(None), &path)?;
+        epochs::prune(dir, self.step, config.keep_epochs)?;
+        let epoch = self.step.div_ceil(self.plan.steps_per_epoch());
+        self.say(TrainEvent::Epoch { step: self.step, epoch, path })
     }
 
     /// Goes back to the newest good checkpoint, if there is one.
@@ -278,26 +308,20 @@ impl<'a> Trainer<'a> {
         if self.last_checkpoint.1 < self.step || self.step == 0 {
             self.write_checkpoint()?;
         }
+        self.say(TrainEvent::Stopped { step: self.step })?;
         let path = work_dir(&self.job.config.output);
         Ok(self.summary(Outcome::Stopped, path, String::new()))
     }
 
     /// Validates, publishes the output folder and removes the work folder.
     fn publish(mut self, outcome: Outcome) -> Result<TrainSummary, TrainError> {
-        let validated = |event: &TrainEvent| matches!(event, TrainEvent::Validated { step, .. } if *step == self.step);
-        if !self.log.events().iter().any(validated) {
-            self.validate()?;
-        }
+        self.validate_fully()?;
+        self.end_epoch()?;
         let config = &self.job.config;
-        let digest = output::publish(&output::Finished {
-            job: self.job,
-            model: &self.model,
-            recipe: &self.recipe,
-            log: &self.log,
-            step: self.step,
-            total_steps: self.schedule.total_steps,
-            seconds: self.started.elapsed().as_secs_f64(),
-        })?;
+        let wanted = self.job.valid.iter().chain(&self.job.train).take(config.parity_examples);
+        let parity =
+            (config.parity_examples > 0).then(|| parity(&self.model, wanted)).transpose()?;
+        let digest = output::publish(&self.finished(parity), &config.output)?;
         let path = config.output.clone();
         self.say(TrainEvent::Published { step: self.step, path: path.clone() })?;
         let summary = self.summary(outcome, path, digest);
@@ -305,6 +329,20 @@ impl<'a> Trainer<'a> {
             self.workspace.remove()?;
         }
         Ok(summary)
+    }
+
+    /// What is to be published now.
+    fn finished(&self, parity: Option<String>) -> output::Finished<'_> {
+        output::Finished {
+            job: self.job,
+            model: &self.model,
+            recipe: &self.recipe,
+            log: &self.log,
+            step: self.step,
+            total_steps: self.schedule.total_steps,
+            seconds: self.started.elapsed().as_secs_f64(),
+            parity,
+        }
     }
 
     fn summary(&self, outcome: Outcome, path: PathBuf, digest: String) -> TrainSummary {
@@ -351,14 +389,21 @@ fn check_examples(job: &TrainJob, vocab_size: usize) -> Result<(), TrainError> {
     if job.train.is_empty() {
         return Err(TrainError::NoExamples("the data has no examples"));
     }
+    let wants_pairs = job.config.objective == Objective::Dpo;
     for example in job.train.iter().chain(&job.valid) {
+        if example.rejected.is_some() != wants_pairs {
+            return Err(TrainError::NoExamples("pairs of answers are for dpo, and only for it"));
+        }
+    }
+    for example in job.train.iter().chain(&job.valid).flat_map(Example::sides) {
         if let Some(&token) = example.tokens.iter().find(|&&token| token as usize >= vocab_size) {
             return Err(TrainError::Vocabulary { line: example.line, token, vocab_size });
         }
     }
     // A step whose window has no trained token would divide by zero.
     let untrained = |example: &Example| !example.loss_mask.iter().skip(1).any(|&counts| counts);
-    if job.train.iter().any(untrained) {
+    let pairs = job.valid.iter().filter(|_| wants_pairs);
+    if job.train.iter().chain(pairs).flat_map(Example::sides).any(untrained) {
         return Err(TrainError::NoExamples("an example has no trained token"));
     }
     Ok(())

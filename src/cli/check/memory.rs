@@ -29,7 +29,7 @@ impl Memory {
         /// Values, gradient, first and second moment.
         const COPIES: usize = 4;
 
-        let lengths = examples.iter().map(|example| example.tokens.len());
+        let lengths = examples.iter().map(Example::num_tokens);
         let longest = lengths.clone().max().unwrap_or(0);
         let tokens = lengths.sum::<usize>().min(MICRO_BATCH_TOKENS.max(longest));
         let adapter_parameters: usize = Projection::ALL

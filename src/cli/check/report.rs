@@ -18,11 +18,11 @@ pub(super) fn file(file: &DataFile) -> String {
         file.rows.len(),
         &file.sha256[..16.min(file.sha256.len())]
     );
-    if file.rows.is_empty() && file.errors.is_empty() {
-        text.push_str("  error: the file has no rows\n");
-    }
     text += &errors(&file.errors);
-    text += &warnings(file);
+    for warning in warnings(file) {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "  warning: {warning}");
+    }
     if !file.rows.is_empty() {
         text += &distributions(file);
     }
@@ -92,28 +92,28 @@ fn errors(errors: &[RowError]) -> String {
     text
 }
 
-fn warnings(file: &DataFile) -> String {
-    let mut text = String::new();
+/// What is not an error but may be a mistake.
+pub(super) fn warnings(file: &DataFile) -> Vec<String> {
+    let mut found = Vec::new();
     let stats = &file.stats;
     for (count, role) in [(stats.num_missing_system, "system"), (stats.num_missing_user, "user")] {
         if count > 0 {
-            let _ = writeln!(text, "  warning: {count} rows have no {role} message");
+            found.push(format!("{count} rows have no {role} message"));
         }
     }
     if !file.duplicates.is_empty() {
         let pairs = file.duplicates.iter().map(|(line, first)| format!("{line} as line {first}"));
         let count = file.duplicates.len();
         let named = named(pairs, count);
-        let _ = writeln!(text, "  warning: {count} rows repeat an earlier one: line {named}");
+        found.push(format!("{count} rows repeat an earlier one: line {named}"));
     }
     if stats.num_truncated_rows > 0 {
-        let _ = writeln!(
-            text,
-            "  warning: {} rows are too long and lose {} tokens at their end",
+        found.push(format!(
+            "{} rows are too long and lose {} tokens at their end",
             stats.num_truncated_rows, stats.num_truncated_tokens
-        );
+        ));
     }
-    text
+    found
 }
 
 fn distributions(file: &DataFile) -> String {

@@ -23,7 +23,7 @@ pub struct Format {
 }
 
 /// Every known format, in the order in which they are tried.
-pub const FORMATS: &[Format] = 
+pub const FORMATS: &[Format] =
     &[openai_chat::FORMAT, preference::FORMAT, prompt_completion::FORMAT];
 
 /// Collects what is wrong with one row.

@@ -46,7 +46,8 @@ fn parse(mut row: Map<String, Value>, problems: &mut Problems) -> Option<RowBody
         }
         Some(other) => {
             let found = kind(&other);
-            problems.add("wrong_type", format!("`input` is {found}, not an object with `messages`"));
+            problems
+                .add("wrong_type", format!("`input` is {found}, not an object with `messages`"));
             return None;
         }
         None => row.remove("prompt"),

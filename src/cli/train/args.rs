@@ -1,0 +1,166 @@
+//! The flags of `tunesmith train`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde::Serialize;
+
+use crate::cli::config::parse_bytes;
+
+/// Fine-tune a model on chat, prompt/completion or preference rows
+///
+/// Every flag is also a key of the YAML file (`batch_size: 16`) and an environment variable
+/// (`TUNESMITH_BATCH_SIZE`); flags win over the environment, the environment over the file.
+#[derive(Args, Debug, Default, Serialize)]
+pub(crate) struct TrainArgs {
+    /// YAML file with settings
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    pub(crate) config: Option<PathBuf>,
+    /// Base model: a folder in Hub layout, or owner/name[@revision] on the Hub
+    #[arg(long)]
+    pub(crate) model: Option<String>,
+    /// Training rows, JSON lines
+    #[arg(long, value_name = "FILE")]
+    pub(crate) data: Option<PathBuf>,
+    /// Held-out rows for the validation loss
+    #[arg(long, value_name = "FILE")]
+    pub(crate) valid: Option<PathBuf>,
+    /// Folder to publish; checkpoints and events are kept in OUTPUT.work until then
+    #[arg(long, value_name = "DIR")]
+    pub(crate) output: Option<PathBuf>,
+    /// Train a LoRA adapter, or every weight (from random ones if the folder has none) [lora]
+    #[arg(long, value_parser = ["lora", "full"])]
+    pub(crate) method: Option<String>,
+    /// Supervised rows, or preferences: a better and a worse answer to each prompt [sft]
+    #[arg(long, value_parser = ["sft", "dpo"])]
+    pub(crate) objective: Option<String>,
+    /// How strongly dpo holds on to the adapter that it started from, up to 2 [0.1]
+    #[arg(long)]
+    pub(crate) dpo_beta: Option<f64>,
+    /// LoRA rank [16]
+    #[arg(long)]
+    pub(crate) rank: Option<usize>,
+    /// LoRA alpha; the update is scaled by alpha / rank [32]
+    #[arg(long)]
+    pub(crate) alpha: Option<f64>,
+    /// Dropout on the adapter's input [0]
+    #[arg(long)]
+    pub(crate) dropout: Option<f64>,
+    /// all-linear, or names with commas: q_proj,v_proj [all-linear]
+    #[arg(long)]
+    pub(crate) targets: Option<String>,
+    /// Scale by alpha / sqrt(rank)
+    #[arg(long)]
+    pub(crate) rslora: bool,
+    /// Start from an existing adapter
+    #[arg(long, value_name = "DIR")]
+    pub(crate) init_adapter: Option<PathBuf>,
+    /// Peak learning rate [lora 2e-4, lora with dpo 5e-5, full 2e-5, full from random 1e-3]
+    #[arg(long)]
+    pub(crate) lr: Option<f64>,
+    /// Course of the learning rate after the warm-up [linear]
+    #[arg(long, value_parser = ["linear", "cosine", "constant"])]
+    pub(crate) schedule: Option<String>,
+    /// Optimizer steps of warm-up
+    #[arg(long)]
+    pub(crate) warmup_steps: Option<usize>,
+    /// Warm-up as a share of all steps, if no steps are given [0.03]
+    #[arg(long)]
+    pub(crate) warmup_ratio: Option<f64>,
+    /// Passes over the data [3]
+    #[arg(long)]
+    pub(crate) epochs: Option<f64>,
+    /// Optimizer steps, instead of epochs
+    #[arg(long)]
+    pub(crate) max_steps: Option<usize>,
+    /// Sequences per optimizer step [8]
+    #[arg(long)]
+    pub(crate) batch_size: Option<usize>,
+    /// Most tokens in one forward and backward pass; bounds the memory [2048]
+    #[arg(long)]
+    pub(crate) micro_batch_tokens: Option<usize>,
+    /// Largest norm of the gradient, 0 = no clipping [1]
+    #[arg(long)]
+    pub(crate) grad_clip: Option<f64>,
+    /// AdamW's decoupled weight decay, not on norms and biases [0]
+    #[arg(long)]
+    pub(crate) weight_decay: Option<f64>,
+    /// AdamW's beta1 [0.9]
+    #[arg(long)]
+    pub(crate) beta1: Option<f64>,
+    /// AdamW's beta2 [0.999]
+    #[arg(long)]
+    pub(crate) beta2: Option<f64>,
+    /// Decides weights, row order and dropout [42]
+    #[arg(long)]
+    pub(crate) seed: Option<u64>,
+    /// Whether rows are shuffled each epoch [true]
+    #[arg(long)]
+    pub(crate) shuffle: Option<bool>,
+    /// Longest sequence in tokens; the rest is cut off [1024]
+    #[arg(long)]
+    pub(crate) max_length: Option<usize>,
+    /// Tokens that count in the loss [assistant]
+    #[arg(long, value_parser = ["assistant", "all"])]
+    pub(crate) loss_on: Option<String>,
+    /// Validate every N steps, and at the end [0 = only at the end]
+    #[arg(long, value_name = "N")]
+    pub(crate) eval_every: Option<usize>,
+    /// Rows of such a validation, in rotation; all at the end [all]
+    #[arg(long, value_name = "N")]
+    pub(crate) valid_batch: Option<usize>,
+    /// Publish the adapter at the end of each epoch as DIR/step-N
+    #[arg(long, value_name = "DIR")]
+    pub(crate) epoch_dir: Option<PathBuf>,
+    /// Adapters that are kept there, the newest [3]
+    #[arg(long, value_name = "N")]
+    pub(crate) keep_epochs: Option<usize>,
+    /// Write the log-probabilities of N examples as parity.json beside the adapter [0]
+    #[arg(long, value_name = "N")]
+    pub(crate) parity_examples: Option<usize>,
+    /// Checkpoint every N steps [100]
+    #[arg(long, value_name = "N")]
+    pub(crate) checkpoint_every: Option<usize>,
+    /// Checkpoint at the latest after so many seconds [120]
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) checkpoint_seconds: Option<u64>,
+    /// Stop after so many minutes and publish what there is
+    #[arg(long, value_name = "MINUTES")]
+    pub(crate) time_limit: Option<f64>,
+    /// Number format of the published weights of method full [bf16]
+    #[arg(long, value_parser = ["f32", "bf16"])]
+    pub(crate) dtype: Option<String>,
+    /// Threads of the tensor operations [all cores]
+    #[arg(long)]
+    pub(crate) threads: Option<usize>,
+    /// Continue from the newest good checkpoint, if there is one
+    #[arg(long)]
+    pub(crate) resume: bool,
+    /// Replace an output or an unfinished run that is there
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+    /// Keep OUTPUT.work
+    #[arg(long)]
+    pub(crate) keep_work: bool,
+    /// Print every event as a line of JSON, and nothing else
+    #[arg(long)]
+    #[serde(skip)]
+    pub(crate) events: bool,
+    /// Stop with a checkpoint when the standard input ends: when the process that holds it dies
+    #[arg(long)]
+    #[serde(skip)]
+    pub(crate) leash: bool,
+    /// Give way to other processes: add N, up to 19, to the own niceness
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(..=19))]
+    #[serde(skip)]
+    pub(crate) nice: Option<u8>,
+    /// Fail rather than use more memory than this, such as 2GiB
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    #[serde(skip)]
+    pub(crate) memory_limit: Option<usize>,
+}
+
+fn bytes(text: &str) -> Result<usize, String> {
+    parse_bytes(text).map_err(|error| error.to_string())
+}
