@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    Bell, EventLevel, Gate, JobEvent, JobsError, Store, StoreError, Transaction, new_id,
+    Bell, EventLevel, Gate, JobEvent, JobsError, Store, StoreError, Transaction, new_id, runner,
     unix_seconds,
 };
 use crate::adapters::AdapterRegistry;
@@ -72,7 +72,7 @@ pub struct Parts {
 
 /// Work that goes on by itself, each on a thread of its own, until [`Service::is_stopping`]: the
 /// thread's name and its loop.
-const WORKERS: &[(&str, fn(&Service))] = &[];
+const WORKERS: &[(&str, fn(&Service))] = &[("runner", runner::run)];
 
 /// The fine-tuning service of one server.
 pub struct Service {
