@@ -66,6 +66,8 @@ impl Setup {
             stop_token_ids: &[stop],
             max_tokens: Some(10),
             seed: 1,
+            max_pending: None,
+            should_stop: &|| false,
         };
         let arms = parse_arms(arms, &["tuned".to_owned()]).unwrap();
         let rows = rows();

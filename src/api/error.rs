@@ -250,7 +250,10 @@ impl From<JobsError> for ApiError {
             JobsError::TooLarge { limit } => Self::BodyTooLarge(limit as usize),
             JobsError::NoSpace(_) => Self::NoSpace(message),
             JobsError::Adapter(error) => Self::Adapter(error),
-            JobsError::Store(_) | JobsError::File { .. } => Self::internal(message),
+            JobsError::Interrupted => Self::Draining,
+            JobsError::Store(_) | JobsError::File { .. } | JobsError::Evaluation(_) => {
+                Self::internal(message)
+            }
         }
     }
 }

@@ -148,6 +148,8 @@ pub(super) fn evaluate(args: &EvalArgs) -> anyhow::Result<EvalReport> {
         stop_token_ids: &stop_token_ids,
         max_tokens: args.max_tokens,
         seed: args.seed,
+        max_pending: None,
+        should_stop: &|| false,
     };
     let asked = questions(&rows);
     ensure!(!asked.is_empty(), "{} has no row with an answer", args.data.display());

@@ -9,6 +9,7 @@
 
 pub mod arms;
 pub mod compare;
+pub mod grader;
 pub mod graders;
 pub mod html;
 mod prompts;
@@ -93,4 +94,7 @@ pub enum EvalError {
         /// What the engine says.
         message: String,
     },
+    /// [`Runner::should_stop`] said so.
+    #[error("the evaluation was stopped")]
+    Stopped,
 }

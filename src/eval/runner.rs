@@ -1,7 +1,11 @@
 //! Asks all arms all questions in one continuous batch: first the answers, written greedily, then
 //! the likelihood of the reference answers.
 
-use std::{collections::VecDeque, sync::Arc, time::Instant};
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use super::{
     Arm, EvalError, EvalReport,
@@ -34,10 +38,18 @@ pub struct Runner<'a> {
     pub max_tokens: Option<usize>,
     /// Chooses the few-shot examples and seeds the bootstrap.
     pub seed: u64,
+    /// Most requests that the engine has at once; `None`: as many as it takes. Where others are
+    /// served at the same time, few.
+    pub max_pending: Option<usize>,
+    /// Asked after every request; once it says so, the run ends with [`EvalError::Stopped`].
+    pub should_stop: &'a dyn Fn() -> bool,
 }
 
 /// Least limit on an answer's tokens that is chosen unasked.
 pub const MIN_MAX_TOKENS: usize = 32;
+
+/// How long a run waits when the engine is full of others' requests.
+const RETRY: Duration = Duration::from_millis(5);
 
 /// How far an evaluation is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -166,20 +178,27 @@ impl Evaluation<'_> {
             self.finish(pending, &mut outcomes)?;
             progress.done += 1;
             on_progress(progress);
-            Ok::<(), EvalError>(())
+            if (self.runner.should_stop)() { Err(EvalError::Stopped) } else { Ok(()) }
         };
+        let max_pending = self.runner.max_pending.unwrap_or(usize::MAX).max(1);
         let mut running: VecDeque<Pending> = VecDeque::new();
         // The scores come last, so that they do not lengthen the answers' latencies; row by row,
         // so that all arms run under the same load.
         for task in [Task::Answer, Task::Score] {
             for index in 0..num_rows * num_arms {
                 let (row, arm) = (index / num_arms, index % num_arms);
+                if running.len() == max_pending
+                    && let Some(first) = running.pop_front()
+                {
+                    finish(first)?;
+                }
                 let stream = loop {
                     match self.submit(task, arm, row) {
                         Err(EngineError::QueueFull { .. }) => match running.pop_front() {
                             Some(first) => finish(first)?,
                             // Full of others' requests, which end without our help.
-                            None => std::thread::yield_now(),
+                            None if (self.runner.should_stop)() => return Err(EvalError::Stopped),
+                            None => std::thread::sleep(RETRY),
                         },
                         // No room for a single token: an empty answer, or a reference not scored.
                         Err(EngineError::TooLong { .. }) => break None,

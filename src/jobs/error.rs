@@ -51,6 +51,12 @@ pub enum JobsError {
         /// What the system said.
         source: io::Error,
     },
+    /// The service is stopping; the work is to be done again at the next start.
+    #[error("the service is stopping")]
+    Interrupted,
+    /// An evaluation that could not be made.
+    #[error("the evaluation failed: {0}")]
+    Evaluation(String),
     /// What a job made cannot be served.
     #[error(transparent)]
     Adapter(#[from] AdapterError),

@@ -26,6 +26,7 @@ mod webhooks;
 pub use self::{
     bell::Bell,
     error::JobsError,
+    evaluation::{Evaluation, evaluate},
     hyperparameters::base_learning_rate,
     ids::{new_id, unix_seconds},
     records::{
