@@ -94,7 +94,6 @@ fn register(service: &Service, job: &Job, dir: &Path, news: &News) -> Result<(),
     let path = dir.join("events.jsonl");
     let text = std::fs::read_to_string(&path).map_err(|source| JobsError::file(path, source))?;
     let results = Results::of(&EventLog::from_text(&text));
-    let file = results.store(service)?;
     let started = Instant::now();
     service.parts.registry.load(&news.name, dir, false)?;
     telemetry::adapter_loaded(started.elapsed().as_secs_f64());
@@ -108,8 +107,7 @@ fn register(service: &Service, job: &Job, dir: &Path, news: &News) -> Result<(),
             transaction.update(&job)?;
             return Ok(false);
         }
-        transaction.insert(&file)?;
-        job.result_files.push(file.id.clone());
+        job.result_files.push(results.add_file(service, transaction)?.id);
         job.trained_tokens = Some(results.trained_tokens);
         succeed(service, transaction, &mut job, news)?;
         transaction.update(&job)?;

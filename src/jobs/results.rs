@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::{
-    FileRecord, JobsError, Service,
+    FileRecord, JobsError, Service, Transaction,
     metrics::{LossAndAccuracy, StepMetrics},
     new_id, unix_seconds,
 };
@@ -50,14 +50,17 @@ impl Results {
         text
     }
 
-    /// Puts the table among the files' contents. Its record is the caller's to insert; until then
-    /// nobody sees the file.
-    pub(super) fn store(&self, service: &Service) -> Result<FileRecord, JobsError> {
+    /// Makes a file of the table.
+    pub(super) fn add_file(
+        &self,
+        service: &Service,
+        transaction: &Transaction<'_>,
+    ) -> Result<FileRecord, JobsError> {
         let text = self.csv();
         let sha256 = sha256_hex(&[text.as_bytes()]);
         let path = service.path("blobs").join(&sha256);
         publish_file(&path, text.as_bytes()).map_err(|source| JobsError::file(path, source))?;
-        Ok(FileRecord {
+        let file = FileRecord {
             id: new_id("file-"),
             bytes: text.len() as u64,
             created_at: unix_seconds(),
@@ -65,7 +68,9 @@ impl Results {
             filename: FILE_NAME.to_owned(),
             purpose: PURPOSE.to_owned(),
             sha256,
-        })
+        };
+        transaction.insert(&file)?;
+        Ok(file)
     }
 }
 

@@ -15,22 +15,22 @@ const FULL_DISK_PAUSE: Duration = Duration::from_secs(1);
 /// before there was room.
 pub(in crate::jobs) fn persist<T>(
     service: &Service,
-    mut work: impl FnMut(&Transaction<'_>) -> Result<T, StoreError>,
+    mut work: impl FnMut(&Transaction<'_>) -> Result<T, JobsError>,
 ) -> Result<Option<T>, JobsError> {
     let mut warned = false;
     loop {
         match service.store.write(&mut work) {
             Ok(value) => return Ok(Some(value)),
-            Err(error) if error.is_full() => {
+            Err(JobsError::NoSpace(reason)) => {
                 if !warned {
-                    tracing::error!("the disk is full: jobs wait until there is room ({error})");
+                    tracing::error!("jobs wait until there is room: {reason}");
                     warned = true;
                 }
                 if !pause(service, FULL_DISK_PAUSE) {
                     return Ok(None);
                 }
             }
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(error),
         }
     }
 }
@@ -52,13 +52,20 @@ pub(super) fn pause(service: &Service, time: Duration) -> bool {
 pub(super) fn change(
     service: &Service,
     id: &str,
+    edit: impl FnMut(&Transaction<'_>, &mut Job) -> Result<(), StoreError>,
+) -> Result<bool, JobsError> {
+    change_if(service, id, |job| !job.status.is_final(), edit)
+}
+
+/// As [`change`], for a job of which `holds` is still true: its client may have been faster.
+pub(super) fn change_if(
+    service: &Service,
+    id: &str,
+    holds: impl Fn(&Job) -> bool,
     mut edit: impl FnMut(&Transaction<'_>, &mut Job) -> Result<(), StoreError>,
 ) -> Result<bool, JobsError> {
     let changed = persist(service, |transaction| {
-        let Some(mut job) = transaction.get::<Job>(id)?.filter(|job| !job.status.is_final())
-        else {
-            return Ok(false);
-        };
+        let Some(mut job) = transaction.get::<Job>(id)?.filter(&holds) else { return Ok(false) };
         edit(transaction, &mut job)?;
         transaction.update(&job)?;
         Ok(true)
@@ -95,13 +102,26 @@ pub(super) fn fail_with(
     if failed {
         tracing::warn!(job = id, code = error.code, "job failed: {}", error.message);
     }
-    Ok(())
+    tidy(service, id)
 }
 
 /// Ends a job as its client asked.
 pub(super) fn cancel(service: &Service, id: &str) -> Result<(), JobsError> {
     change(service, id, |transaction, job| end_cancelled(service, transaction, job))?;
-    Places::of(service, id).remove_work();
+    tidy(service, id)
+}
+
+/// Removes what an ended job needs no more. A crash may come before it: then it is done at the next
+/// start.
+pub(super) fn tidy(service: &Service, id: &str) -> Result<(), JobsError> {
+    let Some(job) = service.store.get::<Job>(id)?.filter(|job| job.status.is_final()) else {
+        return Ok(());
+    };
+    let places = Places::of(service, id);
+    places.remove_work();
+    if job.status != JobStatus::Succeeded {
+        places.remove_model();
+    }
     Ok(())
 }
 
@@ -111,7 +131,7 @@ pub(super) fn lay_down(service: &Service, id: &str) -> Result<(), JobsError> {
         job.status = JobStatus::Paused;
         job.request = None;
         job.estimated_finish = None;
-        transaction.say(id, EventLevel::Info, "Fine-tuning job paused")
+        transaction.say(id, EventLevel::Info, "The job was paused")
     })?;
     Ok(())
 }
@@ -122,7 +142,7 @@ pub(in crate::jobs) fn end_cancelled(
     transaction: &Transaction<'_>,
     job: &mut Job,
 ) -> Result<(), StoreError> {
-    transaction.say(&job.id, EventLevel::Info, "Fine-tuning job cancelled")?;
+    transaction.say(&job.id, EventLevel::Info, "The job was cancelled")?;
     end(service, transaction, job, JobStatus::Cancelled)
 }
 
@@ -142,21 +162,17 @@ pub(in crate::jobs) fn end(
 
 /// What went wrong on our side, as the job's client sees it.
 pub(super) fn own_fault(error: &JobsError) -> JobError {
-    let code = match error {
-        JobsError::NoSpace(_) => "insufficient_storage",
-        JobsError::NotFound { param: "training_file", .. } => "invalid_training_file",
-        JobsError::NotFound { param: "validation_file", .. } => "invalid_validation_file",
-        JobsError::NotFound { .. } => "model_not_found",
-        JobsError::Invalid { .. }
-        | JobsError::Conflict(_)
-        | JobsError::TooLarge { .. }
-        | JobsError::Store(_)
-        | JobsError::File { .. }
-        | JobsError::Adapter(_) => "server_error",
+    let missing = if let JobsError::NotFound { param, .. } = error { Some(*param) } else { None };
+    let code = match missing {
+        Some("training_file") => "invalid_training_file",
+        Some("validation_file") => "invalid_validation_file",
+        Some(_) => "model_not_found",
+        None if matches!(error, JobsError::NoSpace(_)) => "insufficient_storage",
+        None => "server_error",
     };
-    let param = match error {
-        JobsError::NotFound { param, .. } => Some((*param).to_owned()),
-        _ => None,
-    };
-    JobError { code: code.to_owned(), message: format!("The job failed: {error}"), param }
+    JobError {
+        code: code.to_owned(),
+        message: format!("The job failed: {error}"),
+        param: missing.map(str::to_owned),
+    }
 }

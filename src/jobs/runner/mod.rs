@@ -12,7 +12,7 @@ mod training;
 mod validation;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     panic::{AssertUnwindSafe, catch_unwind},
     thread::{Scope, ScopedJoinHandle},
     time::Duration,
@@ -40,20 +40,43 @@ type AtWork<'scope> = HashMap<String, (Stage, ScopedJoinHandle<'scope, ()>)>;
 
 /// Looks after the jobs until the service stops; running ones are then left with a checkpoint.
 pub(super) fn run(service: &Service) {
+    tidy(service);
     std::thread::scope(|scope| {
         let mut at_work = AtWork::new();
+        let mut unfinished = HashSet::new();
         let mut heard = 0;
         while !service.is_stopping() {
             at_work.retain(|_, (_, thread)| !thread.is_finished());
             let every = Query { parent: "", after: None, limit: usize::MAX, order: Order::Ascending };
             match service.store.list(&every, |job: &Job| !job.status.is_final()) {
-                Ok(page) => look(service, scope, &mut at_work, page.records),
+                Ok(page) => {
+                    let now = page.records.iter().map(|job| job.id.clone()).collect();
+                    // Ended by its client while nobody was at work on it.
+                    for id in unfinished.difference(&now).filter(|id| !at_work.contains_key(*id)) {
+                        report(id, ending::tidy(service, id));
+                    }
+                    unfinished = now;
+                    look(service, scope, &mut at_work, page.records);
+                }
                 Err(error) => tracing::error!("the jobs cannot be read: {error}"),
             }
             service.bell.wait(&mut heard, LOOK_EVERY);
         }
         // The scope waits for the jobs' threads.
     });
+}
+
+/// Removes what a process that was killed at the end of a job left.
+fn tidy(service: &Service) {
+    let every = Query { parent: "", after: None, limit: usize::MAX, order: Order::Ascending };
+    match service.store.list(&every, |job: &Job| job.status.is_final()) {
+        Ok(ended) => {
+            for job in ended.records {
+                report(&job.id, ending::tidy(service, &job.id));
+            }
+        }
+        Err(error) => tracing::error!("the jobs cannot be read: {error}"),
+    }
 }
 
 /// Gives threads to the jobs that can go on, the running ones first, then in the order of their making.

@@ -10,7 +10,7 @@ use crate::jobs::{
     FileRecord, Job, JobsError, Method, ModelRecord, Service, base_learning_rate,
 };
 use crate::publish::{publish_dir, publish_file};
-use crate::train::{Objective, TrainConfig};
+use crate::train::{Objective, TrainConfig, work_dir};
 
 /// Examples whose log-probabilities the trainer writes down for the server to compare.
 const PARITY_EXAMPLES: usize = 8;
@@ -130,13 +130,28 @@ impl Places {
 
     /// Removes what only a run needs; models, settings and log stay.
     pub(super) fn remove_work(&self) {
-        let work = crate::train::work_dir(&self.model());
-        for path in [work, self.init()] {
+        for path in [work_dir(&self.model()), self.init()] {
             remove(&path, fs::remove_dir_all(&path));
         }
         for path in [self.data(), self.valid()] {
             remove(&path, fs::remove_file(&path));
         }
+        // What a killed process had half written.
+        for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
+            if entry.file_name().to_string_lossy().contains(".tmp-") {
+                let path = entry.path();
+                let is_dir = path.is_dir();
+                let removed =
+                    if is_dir { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+                remove(&path, removed);
+            }
+        }
+    }
+
+    /// Removes the model of a job that did not succeed.
+    pub(super) fn remove_model(&self) {
+        let path = self.model();
+        remove(&path, fs::remove_dir_all(&path));
     }
 
     fn copy_parent(&self, service: &Service, parent: &str) -> Result<(), JobsError> {

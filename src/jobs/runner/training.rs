@@ -46,7 +46,9 @@ pub(super) fn train(service: &Service, job: &Job) -> Result<(), JobsError> {
     let places = Places::of(service, &job.id);
     places.prepare(service, job)?;
     places.write_settings(service, job)?;
-    say_started(service, job)?;
+    if !say_started(service, job)? {
+        return Ok(());
+    }
     let mut orphan = None;
     loop {
         // As it is now: attempts and steps have changed.
@@ -117,7 +119,7 @@ fn failure(code: &str, reason: &str) -> JobError {
 
 fn publish_model(service: &Service, job: &Job, places: &Places) -> Result<(), JobsError> {
     match publish::publish(service, &job.id, &places.model()) {
-        Ok(()) => places.remove_work(),
+        Ok(()) => ending::tidy(service, &job.id)?,
         Err(publish::PublishError::Stopping) => {}
         Err(publish::PublishError::Parity(difference)) => {
             let reason = format!(
@@ -130,8 +132,11 @@ fn publish_model(service: &Service, job: &Job, places: &Places) -> Result<(), Jo
     Ok(())
 }
 
-fn say_started(service: &Service, job: &Job) -> Result<(), JobsError> {
-    ending::change(service, &job.id, |transaction, job| {
+/// False where the client has laid the job down or ended it since.
+fn say_started(service: &Service, job: &Job) -> Result<bool, JobsError> {
+    let may_run =
+        |job: &Job| matches!(job.status, JobStatus::Queued | JobStatus::Running) && job.request.is_none();
+    ending::change_if(service, &job.id, may_run, |transaction, job| {
         let goes_on = job.status == JobStatus::Running && job.started_at.is_some();
         let message = match (goes_on, job.started_at) {
             (true, _) => "Fine-tuning job goes on after a restart of the server",
@@ -141,8 +146,7 @@ fn say_started(service: &Service, job: &Job) -> Result<(), JobsError> {
         job.status = JobStatus::Running;
         job.started_at = Some(unix_seconds());
         transaction.say(&job.id, EventLevel::Info, message)
-    })?;
-    Ok(())
+    })
 }
 
 /// Runs one process to its end.

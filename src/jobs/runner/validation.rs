@@ -141,7 +141,8 @@ fn judge(service: &Service, job: &Job, report: &Report) -> Result<(), JobsError>
 
 fn enqueue(service: &Service, job: &Job, report: &Report) -> Result<(), JobsError> {
     let warnings = warnings(report);
-    ending::change(service, &job.id, |transaction, job| {
+    let is_waiting = |job: &Job| job.status == JobStatus::ValidatingFiles;
+    ending::change_if(service, &job.id, is_waiting, |transaction, job| {
         for warning in &warnings {
             transaction.say(&job.id, EventLevel::Warn, warning.as_str())?;
         }
