@@ -20,8 +20,8 @@ use common::{
 };
 use tunesmith::jobs::{Auto, Checkpoint, FileRecord, Job, JobEvent, JobStatus, ModelRecord, Store};
 
-/// Steps of the job: batches of 4 of 12 rows, 40 times.
-const STEPS: u64 = 120;
+/// Steps of the job: batches of 4 of 12 rows, 20 times.
+const STEPS: u64 = 60;
 /// A server gets so long to finish the job.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -32,7 +32,7 @@ fn seed(dir: &Path) -> String {
         (put_file(&store, dir, &chat_rows(12)), put_file(&store, dir, &chat_rows(4)));
     let mut job = new_job(&train);
     job.validation_file = Some(valid);
-    job.hyperparameters.n_epochs = Auto::Value(40);
+    job.hyperparameters.n_epochs = Auto::Value(20);
     store.write(|transaction| transaction.insert(&job)).unwrap();
     job.id
 }
@@ -97,8 +97,11 @@ fn check(dir: &Path, id: &str, weights_undisturbed: &[u8], what: &str) {
     }
     let file: FileRecord = store.get(&job.result_files[0]).unwrap().unwrap();
     let table = fs::read_to_string(dir.join("blobs").join(file.sha256)).unwrap();
-    let steps: Vec<u64> =
-        table.lines().skip(1).map(|line| line.split(',').next().unwrap().parse().unwrap()).collect();
+    let steps: Vec<u64> = table
+        .lines()
+        .skip(1)
+        .map(|line| line.split(',').next().unwrap().parse().unwrap())
+        .collect();
     assert_eq!(steps, (1..=STEPS).collect::<Vec<_>>(), "{what}");
 
     let checkpoints: Vec<Checkpoint> = store.all(id).unwrap();

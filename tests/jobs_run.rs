@@ -68,8 +68,7 @@ fn a_job_succeeds_and_its_model_answers_at_once() {
     let checkpoints = shop.checkpoints(&id);
     assert_eq!(checkpoints.iter().map(|found| found.step).collect::<Vec<_>>(), [6, 9, 12]);
     for checkpoint in &checkpoints {
-        let record: ModelRecord =
-            shop.service.store().get(&checkpoint.model).unwrap().unwrap();
+        let record: ModelRecord = shop.service.store().get(&checkpoint.model).unwrap().unwrap();
         assert!(record.id.ends_with(&format!(":ckpt-step-{}", checkpoint.step)), "{record:?}");
         assert!(shop.service.path(&record.path).join("adapter_config.json").exists());
         for key in ["train_loss", "valid_loss", "full_valid_loss", "full_valid_mean_token_accuracy"]
@@ -102,7 +101,7 @@ fn a_job_succeeds_and_its_model_answers_at_once() {
 
     // Nothing is left that only the run needed.
     for name in ["model.work", "train.jsonl", "valid.jsonl"] {
-        assert!(!shop.service.job_dir(&id).join(name).exists(), "{name}");
+        shop.wait_until_gone(&shop.service.job_dir(&id).join(name));
     }
 }
 
@@ -177,6 +176,14 @@ fn a_paused_job_resumes_to_the_model_that_it_would_have_made() {
     shop.wait_for(&id, JobStatus::Succeeded);
     assert!(shop.weights(&id) == shop.weights(&whole));
     assert!(shop.messages(&id).contains(&"Fine-tuning job resumed".to_owned()));
+
+    // One that is laid down before it has begun.
+    let early = shop.create(&file, |job| job.request = Some(Request::Pause));
+    let paused = shop.wait_for(&early, JobStatus::Paused);
+    assert_eq!(paused.num_examples, Some(12));
+    shop.edit(&early, |job| job.status = JobStatus::Queued);
+    shop.wait_for(&early, JobStatus::Succeeded);
+
     let steps = shop.events(&id).into_iter().filter(|event| event.is_metrics);
     let steps: Vec<u64> = steps.map(|event| event.data["step"].as_u64().unwrap()).collect();
     assert_eq!(steps, (1..=150).collect::<Vec<_>>());
@@ -190,6 +197,7 @@ fn a_job_can_be_cancelled_wherever_it_is() {
     let running = shop.create(&file, |job| job.hyperparameters.n_epochs = LONG);
     let queued = shop.create(&file, |_| {});
     shop.wait(&running, "an epoch is over", |_| !shop.checkpoints(&running).is_empty());
+    assert!(shop.job(&running).estimated_finish.is_some());
     shop.wait(&queued, "it is queued", |job| job.status == JobStatus::Queued);
     let cancel = |id: &str| {
         shop.edit(id, |job| job.request = Some(Request::Cancel));
@@ -198,16 +206,20 @@ fn a_job_can_be_cancelled_wherever_it_is() {
     };
     cancel(&queued);
     cancel(&running);
-    assert!(!shop.service.job_dir(&running).join("model.work").exists());
-    assert!(!shop.service.job_dir(&running).join("model").exists());
+    shop.wait_until_gone(&shop.service.job_dir(&running).join("model.work"));
+    shop.wait_until_gone(&shop.service.job_dir(&running).join("model"));
     // What its epochs left stays usable.
     for checkpoint in shop.checkpoints(&running) {
-        let record: ModelRecord =
-            shop.service.store().get(&checkpoint.model).unwrap().unwrap();
+        let record: ModelRecord = shop.service.store().get(&checkpoint.model).unwrap().unwrap();
         assert!(shop.service.path(record.path).join("adapter_config.json").exists());
     }
     let validating = shop.create(&file, |job| job.request = Some(Request::Cancel));
     shop.wait_for(&validating, JobStatus::Cancelled);
+    // One that its client ended while nobody was at work on it.
+    let paused = shop.create(&file, |job| job.request = Some(Request::Pause));
+    shop.wait_for(&paused, JobStatus::Paused);
+    shop.edit(&paused, |job| job.status = JobStatus::Cancelled);
+    shop.wait_until_gone(&shop.service.job_dir(&paused).join("train.jsonl"));
 }
 
 #[test]
@@ -265,7 +277,12 @@ fn an_alias_with_a_gate_does_not_move_unless_the_gate_is_passed() {
 #[test]
 fn a_process_that_fails_ends_its_job_and_one_that_crashes_is_started_again() {
     for (train, attempts, code, wanted) in [
-        ("echo 'error: the loss is NaN at step 3' >&2; exit 1", 0, "training_failed", "NaN at step 3"),
+        (
+            "echo 'error: the loss is NaN at step 3' >&2; exit 1",
+            0,
+            "training_failed",
+            "NaN at step 3",
+        ),
         (
             "echo 'error: writing: No space left on device (os error 28)' >&2; exit 1",
             0,
@@ -305,9 +322,8 @@ fn a_process_that_writes_without_end_or_sense_harms_nobody() {
 fn script(dir: &TempDir, train: &str) -> PathBuf {
     let path = dir.join("program.sh");
     let report = r#"{"rows":12,"examples":12,"num_errors":0,"errors":[],"warnings":[]}"#;
-    let text = format!(
-        "#!/bin/sh\nif [ \"$1\" = check ]; then echo '{report}'; exit 0; fi\n{train}\n"
-    );
+    let text =
+        format!("#!/bin/sh\nif [ \"$1\" = check ]; then echo '{report}'; exit 0; fi\n{train}\n");
     fs::write(&path, text).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     path

@@ -80,7 +80,8 @@ impl StepMetrics {
     pub(super) fn message(&self, total_steps: usize) -> String {
         let mut message =
             format!("Step {}/{total_steps}: training loss={:.2}", self.step, self.train.0);
-        let losses = [("validation loss", self.any_valid()), ("full validation loss", self.full_valid)];
+        let losses =
+            [("validation loss", self.any_valid()), ("full validation loss", self.full_valid)];
         for (name, figures) in losses {
             if let Some((loss, _)) = figures {
                 write!(message, ", {name}={loss:.2}").expect("a string takes everything");

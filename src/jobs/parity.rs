@@ -62,10 +62,11 @@ pub(super) fn compare(
         let mut told = example.logprobs.iter();
         for (position, _) in trained {
             // The first token follows nothing, so there is no score of it.
-            let (Some(told), Some(place)) = (told.next(), position.checked_sub(1)) else { continue };
-            let difference = served
-                .get(place)
-                .map_or(f64::INFINITY, |served| f64::from(served - told).abs());
+            let (Some(told), Some(place)) = (told.next(), position.checked_sub(1)) else {
+                continue;
+            };
+            let difference =
+                served.get(place).map_or(f64::INFINITY, |served| f64::from(served - told).abs());
             // A comparison with NaN would pass unseen.
             let difference = if difference.is_nan() { f64::INFINITY } else { difference };
             parity.max_difference = parity.max_difference.max(difference);

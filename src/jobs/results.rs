@@ -77,9 +77,8 @@ impl Results {
 /// Two numbers with five decimals, without trailing zeros; empty where there is nothing.
 fn cells(figures: Option<LossAndAccuracy>) -> String {
     let short = |number: f64| format!("{:?}", (number * 1e5).round() / 1e5);
-    figures.map_or(",".to_owned(), |(loss, accuracy)| {
-        format!("{},{}", short(loss), short(accuracy))
-    })
+    figures
+        .map_or(",".to_owned(), |(loss, accuracy)| format!("{},{}", short(loss), short(accuracy)))
 }
 
 #[cfg(test)]

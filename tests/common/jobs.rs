@@ -13,8 +13,8 @@ use tunesmith::{
     adapters::AdapterRegistry,
     engine::{self, EngineConfig, GenerationEvent, GenerationRequest, SamplingParams},
     jobs::{
-        Checkpoint, FileRecord, Job, JobEvent, JobStatus, JobsConfig, Parts, Service, Store, new_id,
-        unix_seconds,
+        Checkpoint, FileRecord, Job, JobEvent, JobStatus, JobsConfig, Parts, Service, Store,
+        new_id, unix_seconds,
     },
     model::{Decoder, WeightMode},
     publish::sha256_hex,
@@ -114,6 +114,15 @@ impl Workshop {
     /// Waits for the job's end, which must be this.
     pub fn wait_for(&self, id: &str, status: JobStatus) -> Job {
         self.wait(id, status.name(), |job| job.status == status)
+    }
+
+    /// Waits until nothing is at `path`: what an ended job needs no more goes after its last status.
+    pub fn wait_until_gone(&self, path: &Path) {
+        let started = Instant::now();
+        while path.exists() {
+            assert!(started.elapsed() < PATIENCE, "{} stays", path.display());
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 
     pub fn events(&self, id: &str) -> Vec<JobEvent> {

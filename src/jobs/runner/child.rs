@@ -25,6 +25,8 @@ const MAX_WAITING_LINES: usize = 1024;
 const MAX_LOG: u64 = 1 << 20;
 /// Last lines of the log that are kept in memory.
 const LAST_LINES: usize = 20;
+/// The variable that chooses the arithmetic.
+const KERNELS: &str = "TUNESMITH_KERNELS";
 /// The lowest priority there is.
 const NICENESS: i32 = 19;
 
@@ -59,7 +61,7 @@ pub(super) struct Ended {
 
 impl JobProcess {
     /// Starts `program`, whose standard error is added to the file `log`. No settings of this process
-    /// reach it through the environment.
+    /// reach it through the environment, but for the kernels: both must round alike.
     pub(super) fn spawn(
         program: &Path,
         args: &[&OsStr],
@@ -67,7 +69,10 @@ impl JobProcess {
         memory: Option<u64>,
     ) -> io::Result<Self> {
         let mut command = Command::new(program);
-        let ours = |name: &OsStr| name.to_string_lossy().starts_with("TUNESMITH_");
+        let ours = |name: &OsStr| {
+            let name = name.to_string_lossy();
+            name.starts_with("TUNESMITH_") && name != KERNELS
+        };
         for (name, _) in std::env::vars_os().filter(|(name, _)| ours(name)) {
             command.env_remove(name);
         }

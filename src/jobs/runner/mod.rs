@@ -43,19 +43,25 @@ pub(super) fn run(service: &Service) {
     tidy(service);
     std::thread::scope(|scope| {
         let mut at_work = AtWork::new();
-        let mut unfinished = HashSet::new();
+        let mut unfinished: HashSet<String> = HashSet::new();
         let mut heard = 0;
         while !service.is_stopping() {
             at_work.retain(|_, (_, thread)| !thread.is_finished());
-            let every = Query { parent: "", after: None, limit: usize::MAX, order: Order::Ascending };
+            let every =
+                Query { parent: "", after: None, limit: usize::MAX, order: Order::Ascending };
             match service.store.list(&every, |job: &Job| !job.status.is_final()) {
                 Ok(page) => {
-                    let now = page.records.iter().map(|job| job.id.clone()).collect();
-                    // Ended by its client while nobody was at work on it.
-                    for id in unfinished.difference(&now).filter(|id| !at_work.contains_key(*id)) {
-                        report(id, ending::tidy(service, id));
-                    }
-                    unfinished = now;
+                    let now: HashSet<String> =
+                        page.records.iter().map(|job| job.id.clone()).collect();
+                    // Those that their clients have ended leave things behind too.
+                    unfinished.retain(|id| {
+                        let ended = !now.contains(id) && !at_work.contains_key(id);
+                        if ended {
+                            report(id, ending::tidy(service, id));
+                        }
+                        !ended
+                    });
+                    unfinished.extend(now);
                     look(service, scope, &mut at_work, page.records);
                 }
                 Err(error) => tracing::error!("the jobs cannot be read: {error}"),
@@ -91,23 +97,24 @@ fn look<'scope>(
         if at_work.contains_key(&job.id) {
             continue;
         }
-        if let Some(request) = job.request {
-            let done = match (request, job.status) {
-                (Request::Cancel, _) => ending::cancel(service, &job.id),
-                // Checked first: then it is known what there is to resume.
-                (Request::Pause, JobStatus::ValidatingFiles) => Ok(()),
-                (Request::Pause, _) => ending::lay_down(service, &job.id),
-            };
-            report(&job.id, done);
-            continue;
+        match job.request {
+            Some(Request::Cancel) => {
+                report(&job.id, ending::cancel(service, &job.id));
+                continue;
+            }
+            // A job is laid down once its files have been checked.
+            Some(Request::Pause) if job.status != JobStatus::ValidatingFiles => {
+                report(&job.id, ending::lay_down(service, &job.id));
+                continue;
+            }
+            Some(Request::Pause) | None => {}
         }
         let stage = match job.status {
             JobStatus::ValidatingFiles => Stage::Validate,
             JobStatus::Queued | JobStatus::Running => Stage::Train,
-            JobStatus::Paused
-            | JobStatus::Succeeded
-            | JobStatus::Failed
-            | JobStatus::Cancelled => continue,
+            JobStatus::Paused | JobStatus::Succeeded | JobStatus::Failed | JobStatus::Cancelled => {
+                continue;
+            }
         };
         let limit = match stage {
             Stage::Validate => MAX_VALIDATING,

@@ -133,10 +133,10 @@ impl<'a> Progress<'a> {
             return;
         }
         self.notes.push(match self.service.parts.registry.read(&self.job.id, &dir) {
-            Ok(version) => {
-                Note::Epoch { metrics, digest: version.adapter.digest().to_owned() }
+            Ok(version) => Note::Epoch { metrics, digest: version.adapter.digest().to_owned() },
+            Err(error) => {
+                Note::Warning(format!("The checkpoint of step {step} is unusable: {error}"))
             }
-            Err(error) => Note::Warning(format!("The checkpoint of step {step} is unusable: {error}")),
         });
     }
 

@@ -6,9 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::jobs::{
-    FileRecord, Job, JobsError, Method, ModelRecord, Service, base_learning_rate,
-};
+use crate::jobs::{FileRecord, Job, JobsError, Method, ModelRecord, Service, base_learning_rate};
 use crate::publish::{publish_dir, publish_file};
 use crate::train::{Objective, TrainConfig, work_dir};
 
@@ -186,12 +184,7 @@ impl Places {
 }
 
 /// Gives the content of the file `id` the name `to`.
-fn link_file(
-    service: &Service,
-    id: &str,
-    param: &'static str,
-    to: &Path,
-) -> Result<(), JobsError> {
+fn link_file(service: &Service, id: &str, param: &'static str, to: &Path) -> Result<(), JobsError> {
     if to.exists() {
         return Ok(());
     }

@@ -134,8 +134,9 @@ fn publish_model(service: &Service, job: &Job, places: &Places) -> Result<(), Jo
 
 /// False where the client has laid the job down or ended it since.
 fn say_started(service: &Service, job: &Job) -> Result<bool, JobsError> {
-    let may_run =
-        |job: &Job| matches!(job.status, JobStatus::Queued | JobStatus::Running) && job.request.is_none();
+    let may_run = |job: &Job| {
+        matches!(job.status, JobStatus::Queued | JobStatus::Running) && job.request.is_none()
+    };
     ending::change_if(service, &job.id, may_run, |transaction, job| {
         let goes_on = job.status == JobStatus::Running && job.started_at.is_some();
         let message = match (goes_on, job.started_at) {

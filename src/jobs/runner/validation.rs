@@ -9,7 +9,9 @@ use super::{
     ending,
     settings::Places,
 };
-use crate::jobs::{EventLevel, Job, JobError, JobEvent, JobStatus, JobsError, Order, Query, Request, Service};
+use crate::jobs::{
+    EventLevel, Job, JobError, JobEvent, JobStatus, JobsError, Order, Query, Request, Service,
+};
 use crate::train::TrainConfig;
 
 /// Fewest examples of a training file, as at OpenAI.
@@ -50,7 +52,7 @@ enum Verdict {
     Unreadable(String),
     /// It ended for no reason that it could name.
     Crashed(String),
-    /// A request of the client, or the end of the service, came first.
+    /// A cancellation, or the end of the service, came first.
     Interrupted,
 }
 
@@ -70,7 +72,7 @@ pub(super) fn validate(service: &Service, job: &Job) -> Result<(), JobsError> {
         }
     };
     match verdict {
-        // The client's request is seen to by whoever looks at the job next.
+        // A cancellation is seen to by whoever looks at the job next.
         Verdict::Interrupted => Ok(()),
         Verdict::Report(report) => judge(service, job, &report),
         Verdict::Unreadable(reason) => {
@@ -79,7 +81,8 @@ pub(super) fn validate(service: &Service, job: &Job) -> Result<(), JobsError> {
             ending::fail(service, &job.id, &which.error(&reason))
         }
         Verdict::Crashed(reason) => {
-            let message = format!("The job failed: checking its files ended unexpectedly. {reason}");
+            let message =
+                format!("The job failed: checking its files ended unexpectedly. {reason}");
             let error = JobError { code: "server_error".to_owned(), message, param: None };
             ending::fail(service, &job.id, &error)
         }
@@ -197,7 +200,7 @@ fn check(service: &Service, job: &Job, places: &Places) -> Result<Verdict, JobsE
             Heard::End => break,
             Heard::Nothing => {}
         }
-        if service.is_stopping() || requested(service, &job.id)?.is_some() {
+        if service.is_stopping() || requested(service, &job.id)? == Some(Request::Cancel) {
             // Dropping it ends it: a check leaves nothing behind.
             return Ok(Verdict::Interrupted);
         }
