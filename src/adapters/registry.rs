@@ -96,6 +96,27 @@ impl AdapterRegistry {
         loaded
     }
 
+    /// Reads and checks a folder as [`load`](Self::load) does, but publishes nothing: only the caller
+    /// has this version, whose number is 0. Blocking.
+    ///
+    /// # Errors
+    /// Every reason to refuse the folder.
+    pub fn read(&self, name: &str, dir: &Path) -> Result<AdapterVersion, AdapterError> {
+        if let Some(fingerprint) = &self.base_fingerprint {
+            check_base(dir, fingerprint)?;
+        }
+        let adapter = LoraAdapter::read_within(dir, &self.model, false, &self.limits)?;
+        Ok(AdapterVersion {
+            name: name.to_owned(),
+            version: 0,
+            adapter: Arc::new(adapter),
+            path: dir.to_owned(),
+            loaded_at: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |time| time.as_secs()),
+        })
+    }
+
     /// Takes the name away; requests that hold the version finish on it. `None` if there is no such
     /// name.
     pub fn unload(&self, name: &str) -> Option<Arc<AdapterVersion>> {
@@ -122,26 +143,15 @@ impl AdapterRegistry {
         if !replace && self.get(name).is_some() {
             return Err(AdapterError::AlreadyLoaded { name: name.to_owned() });
         }
-        if let Some(fingerprint) = &self.base_fingerprint {
-            check_base(dir, fingerprint)?;
-        }
-        let adapter = LoraAdapter::read_within(dir, &self.model, false, &self.limits)?;
+        let loaded = self.read(name, dir)?;
         // Asked after the read: an unload may have come meanwhile.
         if let Some(current) = self.get(name)
-            && current.adapter.digest() == adapter.digest()
+            && current.adapter.digest() == loaded.adapter.digest()
         {
             return Ok((current, false));
         }
         *last_version += 1;
-        let version = Arc::new(AdapterVersion {
-            name: name.to_owned(),
-            version: *last_version,
-            adapter: Arc::new(adapter),
-            path: dir.to_owned(),
-            loaded_at: SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(0, |time| time.as_secs()),
-        });
+        let version = Arc::new(AdapterVersion { version: *last_version, ..loaded });
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
         current.insert(name.to_owned(), Arc::clone(&version));
         Ok((version, true))

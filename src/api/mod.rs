@@ -146,8 +146,8 @@ pub async fn run(
         () = engine_failure(&state) => true,
     };
     tracing::info!("shutting down");
-    state.drain().await;
-    state.stop_jobs().await;
+    // Jobs leave their checkpoints while the last requests are answered.
+    tokio::join!(state.drain(), state.stop_jobs());
     // The receiver is gone only if the server has ended already.
     let _ = close.send(());
     if tokio::time::timeout(CLOSE_TIMEOUT, server).await.is_err() {

@@ -11,7 +11,7 @@ use std::{
 
 use super::{
     Bell, EventLevel, Gate, JobEvent, JobsError, Store, StoreError, Transaction, blobs::Blobs,
-    evals, expiry, new_id, unix_seconds, webhooks,
+    evals, expiry, new_id, runner, unix_seconds, webhooks,
 };
 use crate::adapters::AdapterRegistry;
 use crate::engine::EngineHandle;
@@ -72,8 +72,12 @@ pub struct Parts {
 
 /// Work that goes on by itself, each on a thread of its own, until [`Service::is_stopping`]: the
 /// thread's name and its loop.
-const WORKERS: &[(&str, fn(&Service))] =
-    &[("expiry", expiry::run), ("webhooks", webhooks::run), ("evals", evals::work)];
+const WORKERS: &[(&str, fn(&Service))] = &[
+    ("runner", runner::run),
+    ("expiry", expiry::run),
+    ("webhooks", webhooks::run),
+    ("evals", evals::work),
+];
 
 /// The fine-tuning service of one server.
 pub struct Service {

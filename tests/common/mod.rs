@@ -5,6 +5,7 @@
 #![allow(clippy::needless_pass_by_value, reason = "`json!` makes values")]
 
 pub mod http;
+pub mod jobs;
 pub mod server;
 
 use std::{
