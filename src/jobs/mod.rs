@@ -8,25 +8,32 @@
 //! State has one owner: the database of [`Store`]. Whoever changes a job writes it there and rings the
 //! [`Bell`]; the runner looks and acts. What was acknowledged is on disk.
 
+mod aliases;
 mod bell;
+mod control;
 mod error;
 mod evaluation;
 mod hyperparameters;
 mod ids;
+mod models;
 mod records;
+mod request;
 mod service;
 mod store;
 mod webhooks;
 
 pub use self::{
     bell::Bell,
+    control::Wish,
     error::JobsError,
     hyperparameters::base_learning_rate,
     ids::{new_id, unix_seconds},
+    models::{Model, azure_model_name},
     records::{
         Alias, Auto, Checkpoint, EventLevel, FileRecord, Gate, Hyperparameters, Job, JobError,
         JobEvent, JobStatus, Method, ModelRecord, Part, Request, Upload, UploadStatus,
     },
+    request::{GateRequest, JobRequest, Parent, model_not_available},
     service::{JobsConfig, Parts, Service, Webhook},
     store::{Order, Page, Query, Record, Store, StoreError, Transaction},
 };

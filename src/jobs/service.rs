@@ -72,7 +72,7 @@ pub struct Parts {
 
 /// Work that goes on by itself, each on a thread of its own, until [`Service::is_stopping`]: the
 /// thread's name and its loop.
-const WORKERS: &[(&str, fn(&Service))] = &[];
+const WORKERS: &[(&str, fn(&Service))] = &[("sweep models", Service::sweep_models)];
 
 /// The fine-tuning service of one server.
 pub struct Service {
