@@ -10,9 +10,12 @@
 
 mod aliases;
 mod bell;
+mod blobs;
 mod control;
 mod error;
 mod evaluation;
+mod expiry;
+mod files;
 mod hyperparameters;
 mod ids;
 mod models;
@@ -20,12 +23,15 @@ mod records;
 mod request;
 mod service;
 mod store;
+mod uploads;
 mod webhooks;
 
 pub use self::{
     bell::Bell,
+    blobs::{Incoming, Staged},
     control::Wish,
     error::JobsError,
+    files::{MAX_FILE_BYTES, NewFile},
     hyperparameters::base_learning_rate,
     ids::{new_id, unix_seconds},
     models::{Model, azure_model_name},
@@ -33,7 +39,8 @@ pub use self::{
         Alias, Auto, Checkpoint, EventLevel, FileRecord, Gate, Hyperparameters, Job, JobError,
         JobEvent, JobStatus, Method, ModelRecord, Part, Request, Upload, UploadStatus,
     },
-    request::{GateRequest, JobRequest, Parent, model_not_available},
+    request::{JobRequest, Parent, model_not_available},
     service::{JobsConfig, Parts, Service, Webhook},
     store::{Order, Page, Query, Record, Store, StoreError, Transaction},
+    uploads::{MAX_PART_BYTES, MAX_UPLOAD_BYTES, NewUpload},
 };

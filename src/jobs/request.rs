@@ -6,7 +6,7 @@ use rand::Rng;
 use serde_json::Value;
 
 use super::{
-    Auto, EventLevel, FileRecord, Gate, Hyperparameters, Job, JobStatus, JobsError, Method,
+    Auto, EventLevel, Gate, Hyperparameters, Job, JobStatus, JobsError, Method,
     ModelRecord, Service, Transaction, new_id, unix_seconds,
 };
 use crate::eval::graders;
@@ -48,8 +48,8 @@ pub struct JobRequest {
     pub integrations: Vec<Value>,
     /// The alias that is to point at the new model.
     pub alias: Option<String>,
-    /// Under which condition.
-    pub gate: GateRequest,
+    /// Under which condition; `None`: the operator's, where there is one.
+    pub gate: Option<Gate>,
 }
 
 /// The model that a job goes on from.
@@ -59,17 +59,6 @@ pub struct Parent {
     pub name: String,
     /// Its folder; relative to the data folder where a job made it.
     pub path: String,
-}
-
-/// What a client says about the condition of his alias.
-#[derive(Debug, Clone, PartialEq)]
-pub enum GateRequest {
-    /// Nothing: the operator's, where there is an alias.
-    Unsaid,
-    /// None is wanted.
-    Off,
-    /// This one.
-    On(Gate),
 }
 
 impl Service {
@@ -119,14 +108,9 @@ impl Service {
 
     /// The condition under which the job's alias moves.
     fn gate(&self, request: &JobRequest) -> Result<Option<Gate>, JobsError> {
-        let (gate, blamed) = match &request.gate {
-            GateRequest::Off => return Ok(None),
-            GateRequest::On(gate) => (gate, "gate"),
-            GateRequest::Unsaid => match &self.config.gate {
-                Some(gate) if request.alias.is_some() => (gate, "validation_file"),
-                _ => return Ok(None),
-            },
-        };
+        let operators = self.config.gate.as_ref().filter(|_| request.alias.is_some());
+        let blamed = if request.gate.is_some() { "gate" } else { "validation_file" };
+        let Some(gate) = request.gate.as_ref().or(operators) else { return Ok(None) };
         if graders::position(&gate.metric).is_none() {
             let known: Vec<&str> = graders::GRADERS.iter().map(|grader| grader.name).collect();
             let known = known.join(", ");
@@ -143,7 +127,7 @@ impl Service {
         }
         if request.validation_file.is_none() {
             let message = "the alias moves only if the tuned model beats the base on the validation \
-                           file: a `validation_file` is needed, or `gate: false`";
+                           file: a `validation_file` is needed";
             return Err(JobsError::invalid(blamed, message));
         }
         Ok(Some(gate.clone()))
@@ -247,10 +231,10 @@ fn check_file(tx: &Transaction<'_>, id: &str, param: &'static str) -> Result<(),
         let message = format!("invalid {param}: {id} ({why})");
         Err(JobsError::Invalid { message, param, code: Some(code) })
     };
-    let Some(file) = tx.get::<FileRecord>(id)? else { return invalid("no such file") };
-    if file.expires_at.is_some_and(|end| end <= unix_seconds()) {
-        return invalid("the file has expired");
-    }
+    let file = match tx.file(id, param) {
+        Err(JobsError::NotFound { .. }) => return invalid("no such file"),
+        found => found?,
+    };
     if file.purpose != TRAINING_PURPOSE {
         let purpose = &file.purpose;
         return invalid(&format!("its purpose is {purpose:?}, not {TRAINING_PURPOSE:?}"));
