@@ -6,8 +6,8 @@ use rand::Rng;
 use serde_json::Value;
 
 use super::{
-    Auto, EventLevel, Gate, Hyperparameters, Job, JobStatus, JobsError, Method,
-    ModelRecord, Service, Transaction, new_id, unix_seconds,
+    Auto, EventLevel, Gate, Hyperparameters, Job, JobStatus, JobsError, Method, ModelRecord,
+    Service, Transaction, new_id, unix_seconds,
 };
 use crate::eval::graders;
 

@@ -3,4 +3,5 @@
 pub(crate) mod adapters;
 pub(crate) mod chat;
 pub(crate) mod files;
+pub(crate) mod fine_tuning;
 pub(crate) mod models;
