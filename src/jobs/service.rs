@@ -77,6 +77,7 @@ const WORKERS: &[(&str, fn(&Service))] = &[
     ("expiry", expiry::run),
     ("webhooks", webhooks::run),
     ("evals", evals::work),
+    ("sweep models", Service::sweep_models),
 ];
 
 /// The fine-tuning service of one server.

@@ -6,6 +6,7 @@
 
 pub mod http;
 pub mod jobs;
+pub mod records;
 pub mod server;
 
 use std::{

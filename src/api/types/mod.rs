@@ -4,4 +4,5 @@ pub(crate) mod adapters;
 pub(crate) mod chat;
 pub(crate) mod evals;
 pub(crate) mod files;
+pub(crate) mod fine_tuning;
 pub(crate) mod models;
