@@ -136,6 +136,9 @@ fn the_bundled_models_plain_chats_are_rendered_as_it_learned_them() {
     let expected = "<|im_start|>system\n s<|im_end|>\n<|im_start|>user\na\n<|im_end|>\n\
         <|im_start|>assistant\nb<|im_end|>\n";
     assert_eq!(text, expected);
+    // What `tunesmith bundle` would write again.
+    let source = include_str!("../src/text/chatml_tools.jinja");
+    assert_eq!(model.template.source(), source.trim_end());
 }
 
 #[test]
