@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::{
     Json, Router,
     extract::{Path, RawQuery, Request, State},
-    routing::get,
+    routing::{get, post},
 };
 use serde_json::{Value, json};
 
@@ -27,6 +27,7 @@ pub(super) fn routes() -> Router<Arc<AppState>> {
     Router::new()
         .route("/v1/evals/{id}/runs", get(list_runs).post(create_run))
         .route("/v1/evals/{id}/runs/{run}", one_run)
+        .route("/v1/evals/{id}/runs/{run}/cancel", post(cancel_run))
         .route("/v1/evals/{id}/runs/{run}/output_items", get(list_outputs))
         .route("/v1/evals/{id}/runs/{run}/output_items/{item}", get(get_output))
 }
@@ -79,7 +80,8 @@ async fn get_run(
     Ok(Json(run.await?))
 }
 
-/// Ends a run: a POST to the run itself, without a body.
+/// Ends a run. OpenAI's older clients post to the run itself, the newer ones to its `cancel`; without a
+/// body.
 async fn cancel_run(
     State(state): State<Arc<AppState>>,
     Path((id, run)): Path<(String, String)>,

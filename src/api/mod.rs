@@ -83,6 +83,7 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("GET", "/v1/evals/{id}/runs/{run}"),
     ("POST", "/v1/evals/{id}/runs/{run}"),
     ("DELETE", "/v1/evals/{id}/runs/{run}"),
+    ("POST", "/v1/evals/{id}/runs/{run}/cancel"),
     ("GET", "/v1/evals/{id}/runs/{run}/output_items"),
     ("GET", "/v1/evals/{id}/runs/{run}/output_items/{item}"),
     ("POST", "/v1/files"),

@@ -9,6 +9,8 @@ use super::{
 
 /// Parts of one `multi` grader.
 const MAX_PARTS: usize = 20;
+/// Most tokens of a judge's answer, unless asked otherwise: a number, a label, or a few words around it.
+const JUDGE_MAX_TOKENS: usize = 256;
 /// Bytes of a `python` grader's program, as OpenAI has it.
 const MAX_SOURCE_BYTES: usize = 256 << 10;
 
@@ -129,7 +131,8 @@ impl Definition<'_> {
         let model = self.text("model")?.to_owned();
         let input = Messages::parse(&self.value["input"], &self.place("input"))?;
         let params = &self.value["sampling_params"];
-        let sampling = Sampling::parse(params, &self.place("sampling_params"), 0.0)?;
+        let mut sampling = Sampling::parse(params, &self.place("sampling_params"), 0.0)?;
+        sampling.max_tokens.get_or_insert(JUDGE_MAX_TOKENS);
         Ok((model, input, sampling))
     }
 

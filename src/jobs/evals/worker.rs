@@ -23,14 +23,23 @@ use crate::jobs::{JobsError, Service, ask::Asker};
 const MAX_ROWS_AT_ONCE: usize = 8;
 /// How long the worker sleeps when nobody wakes it, and after an error of the database.
 const NAP: Duration = Duration::from_secs(5);
+/// How long it sleeps when a run cannot go on.
+const NAP_OF_THE_LAST: Duration = Duration::from_millis(200);
 
 /// The worker.
 pub(in crate::jobs) fn work(service: &Service) {
     let mut heard = 0;
+    let mut last = None;
     while !service.is_stopping() {
         match next_run(service) {
             Ok(None) => service.bell.wait(&mut heard, NAP),
+            // The engine has ended before the run, and soon the service will.
+            Ok(task) if task == last => {
+                thread::sleep(NAP_OF_THE_LAST);
+                last = None;
+            }
             Ok(Some(task)) => {
+                last = Some(task.clone());
                 if let Err(error) = run(service, &task.run_id) {
                     tracing::error!(run = task.run_id, "an evaluation run cannot go on: {error}");
                     service.bell.wait(&mut heard, NAP);
