@@ -5,20 +5,26 @@
 
 mod adapters;
 mod auth;
+mod azure_form;
+mod blocking;
 mod body;
 mod chat;
 mod choices;
 mod error;
+mod files;
 mod generation;
 mod health;
 mod jail;
 mod messages;
 mod metrics_page;
 mod models;
+mod multipart;
+mod query;
 mod resolve;
 mod sse;
 mod state;
 mod types;
+mod uploads;
 
 use std::{future::Future, io, sync::Arc, time::Duration};
 
@@ -53,6 +59,15 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("GET", "/v1/models/{id}"),
     ("POST", "/v1/load_lora_adapter"),
     ("POST", "/v1/unload_lora_adapter"),
+    ("POST", "/v1/files"),
+    ("GET", "/v1/files"),
+    ("GET", "/v1/files/{id}"),
+    ("DELETE", "/v1/files/{id}"),
+    ("GET", "/v1/files/{id}/content"),
+    ("POST", "/v1/uploads"),
+    ("POST", "/v1/uploads/{id}/parts"),
+    ("POST", "/v1/uploads/{id}/complete"),
+    ("POST", "/v1/uploads/{id}/cancel"),
     ("GET", "/health"),
     ("GET", "/ping"),
     ("GET", "/ready"),
@@ -67,6 +82,13 @@ pub fn router(state: Arc<AppState>) -> Router {
         .route("/v1/models/{*id}", get(models::get_model))
         .route("/v1/load_lora_adapter", post(adapters::load_adapter))
         .route("/v1/unload_lora_adapter", post(adapters::unload_adapter))
+        .route("/v1/files", get(files::list_files).post(files::create_file))
+        .route("/v1/files/{id}", get(files::get_file).delete(files::delete_file))
+        .route("/v1/files/{id}/content", get(files::get_content))
+        .route("/v1/uploads", post(uploads::create_upload))
+        .route("/v1/uploads/{id}/parts", post(uploads::add_part))
+        .route("/v1/uploads/{id}/complete", post(uploads::complete_upload))
+        .route("/v1/uploads/{id}/cancel", post(uploads::cancel_upload))
         .route("/health", get(health::health))
         .route("/ping", get(health::health))
         .route("/ready", get(health::ready))

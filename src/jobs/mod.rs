@@ -9,8 +9,11 @@
 //! [`Bell`]; the runner looks and acts. What was acknowledged is on disk.
 
 mod bell;
+mod blobs;
 mod error;
 mod evaluation;
+mod expiry;
+mod files;
 mod hyperparameters;
 mod ids;
 mod metrics;
@@ -21,12 +24,15 @@ mod results;
 mod runner;
 mod service;
 mod store;
+mod uploads;
 mod webhooks;
 
 pub use self::{
     bell::Bell,
+    blobs::{Incoming, Staged},
     error::JobsError,
     evaluation::{Evaluation, evaluate},
+    files::{MAX_FILE_BYTES, NewFile},
     hyperparameters::base_learning_rate,
     ids::{new_id, unix_seconds},
     records::{
@@ -35,4 +41,5 @@ pub use self::{
     },
     service::{JobsConfig, Parts, Service, Webhook},
     store::{Order, Page, Query, Record, Store, StoreError, Transaction},
+    uploads::{MAX_PART_BYTES, MAX_UPLOAD_BYTES, NewUpload},
 };

@@ -24,6 +24,9 @@ pub struct FileRecord {
     pub purpose: String,
     /// Of the content, hex.
     pub sha256: String,
+    /// Whether it is gone for clients, and here only because a job still reads it.
+    #[serde(default)]
+    pub is_deleted: bool,
 }
 
 /// How far an upload in parts is.

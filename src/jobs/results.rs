@@ -3,11 +3,9 @@
 use std::fmt::Write;
 
 use super::{
-    FileRecord, JobsError, Service, Transaction,
+    FileRecord, JobsError, NewFile, Service, Transaction,
     metrics::{LossAndAccuracy, StepMetrics},
-    new_id, unix_seconds,
 };
-use crate::publish::{publish_file, sha256_hex};
 use crate::train::{EventLog, TrainEvent};
 
 /// As OpenAI calls it.
@@ -56,21 +54,8 @@ impl Results {
         service: &Service,
         transaction: &Transaction<'_>,
     ) -> Result<FileRecord, JobsError> {
-        let text = self.csv();
-        let sha256 = sha256_hex(&[text.as_bytes()]);
-        let path = service.path("blobs").join(&sha256);
-        publish_file(&path, text.as_bytes()).map_err(|source| JobsError::file(path, source))?;
-        let file = FileRecord {
-            id: new_id("file-"),
-            bytes: text.len() as u64,
-            created_at: unix_seconds(),
-            expires_at: None,
-            filename: FILE_NAME.to_owned(),
-            purpose: PURPOSE.to_owned(),
-            sha256,
-        };
-        transaction.insert(&file)?;
-        Ok(file)
+        let staged = service.stage_bytes(self.csv().as_bytes())?;
+        transaction.add_file(staged, NewFile::new(FILE_NAME, PURPOSE))
     }
 }
 

@@ -2,4 +2,5 @@
 
 pub(crate) mod adapters;
 pub(crate) mod chat;
+pub(crate) mod files;
 pub(crate) mod models;

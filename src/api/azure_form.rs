@@ -1,0 +1,5 @@
+//! The mark of a request that came in one of Azure's forms, for the few answers that differ.
+
+/// Put into a request's extensions by the layer that understands Azure's paths.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct AzureForm;
