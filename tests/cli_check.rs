@@ -7,7 +7,7 @@ use std::{
     process::{Command, Output},
 };
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/tiny-llama");
 
@@ -103,6 +103,87 @@ fn an_empty_file_and_a_missing_one_fail() {
     assert!(String::from_utf8_lossy(&missing.stderr).contains("/nowhere/rows.jsonl"));
 }
 
+#[test]
+fn a_program_gets_one_json_object() {
+    let files = Files::new("json");
+    let rows = [row("a", &"word ".repeat(50)), row("b", "c"), row("b", "c")];
+    let train = files.write("train.jsonl", &rows);
+    let valid = files.write("valid.jsonl", &[row("b", "d")]);
+    let more = [train.as_str(), "--model", MODEL, "--json", "--method", "supervised"];
+    let more = [&more[..], &["--max-length", "40", "--valid", &valid]].concat();
+    let output = check(&more);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(output.status.success(), "{report}");
+    for (key, value) in [
+        ("rows", 3),
+        ("examples", 3),
+        ("truncated", 1),
+        ("duplicates", 1),
+        ("num_errors", 0),
+        ("shared_prompts", 1),
+    ] {
+        assert_eq!(report[key], value, "{key} in {report}");
+    }
+    assert_eq!((&report["kind"], &report["errors"]), (&json!("chat"), &json!([])));
+    let number = |value: &Value| value.as_u64().unwrap();
+    // The long row counts with what is left of it, and its whole length is the longest.
+    assert!(number(&report["longest"]) > 50);
+    let short = number(&report["valid"]["tokens"]);
+    assert_eq!(number(&report["tokens"]), 40 + 2 * short);
+    assert!(number(&report["trained_tokens"]) < number(&report["tokens"]));
+    let warnings = report["warnings"].to_string();
+    assert!(warnings.contains("1 rows repeat an earlier one: line 3 as line 2"), "{warnings}");
+    assert_eq!(report["valid"]["rows"], 1);
+}
+
+#[test]
+fn a_program_gets_every_error_with_line_and_code() {
+    let files = Files::new("json-errors");
+    let mut lines = vec![row("a", "b"), "{".to_owned(), preference("a", "b", "c")];
+    lines.extend((0..120).map(|_| "7".to_owned()));
+    let data = files.write("rows.jsonl", &lines);
+    let output = check(&[&data, "--model", MODEL, "--json", "--method", "supervised"]);
+    assert_eq!(output.status.code(), Some(1));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&report["rows"], &report["num_errors"]), (&json!(1), &json!(122)));
+    assert_eq!(report["kind"], "mixed");
+    let errors = report["errors"].as_array().unwrap();
+    assert_eq!(errors.len(), 100);
+    assert_eq!((&errors[0]["line"], &errors[0]["code"]), (&json!(2), &json!("invalid_json")));
+    assert_eq!((&errors[1]["line"], &errors[1]["code"]), (&json!(3), &json!("wrong_row_kind")));
+    assert!(errors[0]["message"].as_str().unwrap().contains("column 1"), "{}", errors[0]);
+
+    let empty = check(&[&files.write("empty.jsonl", &[]), "--model", MODEL, "--json"]);
+    let report: Value = serde_json::from_slice(&empty.stdout).unwrap();
+    assert_eq!(empty.status.code(), Some(1));
+    assert_eq!(report["errors"][0]["code"], "empty_file");
+    assert_eq!(report["errors"][0]["line"], 1);
+}
+
+#[test]
+fn preferences_are_for_dpo_and_count_both_answers() {
+    let files = Files::new("preferences");
+    let data = files.write("rows.jsonl", &[preference("a", "b", "c"), preference("d", "e", "f")]);
+    let check_as = |method: &str| {
+        let output = check(&[&data, "--model", MODEL, "--json", "--method", method]);
+        (output.status.success(), serde_json::from_slice::<Value>(&output.stdout).unwrap())
+    };
+    let (fine, report) = check_as("dpo");
+    assert!(fine, "{report}");
+    assert_eq!((&report["kind"], &report["examples"]), (&json!("preference"), &json!(2)));
+    let single = files.write("single.jsonl", &[row("a", "b")]);
+    let output = check(&[&single, "--model", MODEL, "--json"]);
+    let single: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["tokens"].as_u64(), single["tokens"].as_u64().map(|tokens| 4 * tokens));
+    let (fine, report) = check_as("supervised");
+    assert!(!fine);
+    assert_eq!(report["num_errors"], 2);
+    assert_eq!(report["errors"][1]["code"], "wrong_row_kind");
+    assert!(
+        stdout(&check(&[&data, "--model", MODEL, "--show", "1"])).matches("line 1:").count() == 2
+    );
+}
+
 fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tunesmith"));
     command.arg("check").args(arguments).env_remove("CLICOLOR_FORCE");
@@ -120,6 +201,13 @@ fn stdout(output: &Output) -> String {
 fn row(question: &str, answer: &str) -> String {
     json!({"messages": [{"role": "user", "content": question},
         {"role": "assistant", "content": answer}]})
+    .to_string()
+}
+
+fn preference(question: &str, better: &str, worse: &str) -> String {
+    json!({"input": {"messages": [{"role": "user", "content": question}]},
+        "preferred_output": [{"role": "assistant", "content": better}],
+        "non_preferred_output": [{"role": "assistant", "content": worse}]})
     .to_string()
 }
 

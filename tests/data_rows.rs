@@ -126,6 +126,28 @@ const BAD_LINES: &[(&str, &[&str])] = &[
         r#"{"prompt":[{"role":"assistant","content":"a"}],"completion":[{"role":"user","content":"b"}]}"#,
         &["example_missing_assistant_message"],
     ),
+    (r#"{"prompt":"a","chosen":"b"}"#, &["missing_non_preferred"]),
+    (r#"{"prompt":"a","rejected":"b","chosen":null}"#, &["missing_preferred"]),
+    (
+        r#"{"input":{"messages":[{"role":"user","content":"a"}]}}"#,
+        &["missing_preferred", "missing_non_preferred"],
+    ),
+    (r#"{"prompt":"a","chosen":"b","rejected":"b"}"#, &["identical_outputs"]),
+    (r#"{"prompt":"a","chosen":"b","rejected":""}"#, &["missing_content"]),
+    (r#"{"chosen":"a b","rejected":"a c"}"#, &["wrong_type"]),
+    (r#"{"input":"a","preferred_output":[],"non_preferred_output":[]}"#, &["wrong_type"]),
+    (
+        r#"{"input":{"messages":[{"role":"user","content":"a"}]},"preferred_output":[{"role":"user","content":"b"}],"non_preferred_output":[]}"#,
+        &["last_message_not_assistant", "last_message_not_assistant"],
+    ),
+    (
+        r#"{"chosen":[{"role":"assistant","content":"a"}],"rejected":[{"role":"assistant","content":"b"}]}"#,
+        &["missing_prompt"],
+    ),
+    (
+        r#"{"chosen":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}],"rejected":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}"#,
+        &["identical_outputs"],
+    ),
 ];
 
 #[test]

@@ -1,5 +1,5 @@
 //! Twenty steps from the same A and B give the losses, gradient norms and final A and B of a loop
-//! over PEFT (`tests/fixtures/make_oracle.py`).
+//! over PEFT (`tests/fixtures/make_oracle.py`), and of TRL's `DPOTrainer` (`make_dpo_oracle.py`).
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -13,7 +13,7 @@ use tunesmith::{
     adapters::LoraAdapter,
     data::Example,
     model::ModelConfig,
-    train::{ScheduleKind, TrainConfig, TrainEvent, TrainJob, run},
+    train::{Objective, ScheduleKind, TrainConfig, TrainEvent, TrainJob, run},
 };
 
 fn fixtures() -> PathBuf {
@@ -82,10 +82,16 @@ fn check(name: &str) {
     run(&job, &mut observer, &AtomicBool::new(false)).unwrap();
     assert!(expected.next().is_none(), "{name}: fewer steps than the oracle made");
 
-    let config = ModelConfig::from_dir(&model_dir).unwrap();
-    let trained = LoraAdapter::read(&output, &config, false).unwrap();
-    let peft =
-        LoraAdapter::read(&oracle.join(format!("{name}-train-final")), &config, false).unwrap();
+    same_adapter(name, &output, &format!("{name}-train-final"));
+    fs::remove_dir_all(&output).unwrap();
+}
+
+/// A and B in `output` are those of an oracle's folder, within 1e-3.
+fn same_adapter(name: &str, output: &Path, oracle: &str) {
+    let config = ModelConfig::from_dir(&fixtures().join(name)).unwrap();
+    let trained = LoraAdapter::read(output, &config, false).unwrap();
+    let oracle = fixtures().join("oracle").join(oracle);
+    let peft = LoraAdapter::read(&oracle, &config, false).unwrap();
     for (site, module) in peft.modules() {
         let ours = &trained.modules()[site];
         for (theirs, ours) in [(&module.a, &ours.a), (&module.b, &ours.b)] {
@@ -94,7 +100,94 @@ fn check(name: &str) {
             assert!(largest < 1e-3, "{name}, {site:?}: differs by {largest}");
         }
     }
+}
+
+/// A pair whose sides share a prompt; the answers are trained.
+fn pair(value: &Value) -> Example {
+    let tokens = |key: &str| -> Vec<u32> { serde_json::from_value(value[key].clone()).unwrap() };
+    let prompt = tokens("prompt_ids");
+    let side = |key: &str| {
+        let tokens = [prompt.clone(), tokens(key)].concat();
+        let loss_mask = (0..tokens.len()).map(|at| at >= prompt.len()).collect();
+        Example { line: 1, tokens, loss_mask, num_truncated: 0, rejected: None }
+    };
+    Example { rejected: Some(Box::new(side("rejected_ids"))), ..side("chosen_ids") }
+}
+
+fn check_dpo(name: &str) {
+    let oracle = fixtures().join("oracle");
+    let trace = fs::read(oracle.join(format!("{name}-dpo.json"))).unwrap();
+    let trace: Value = serde_json::from_slice(&trace).unwrap();
+    let steps = trace["steps"].as_array().unwrap();
+    let settings = &trace["settings"];
+    let pairs = |step: &Value| step["pairs"].as_array().unwrap().clone();
+    let output = std::env::temp_dir().join(format!("tunesmith-dpo-{name}-{}", std::process::id()));
+    let job = TrainJob {
+        config: TrainConfig {
+            model: name.to_owned(),
+            data: "trace".into(),
+            output: output.clone(),
+            objective: Objective::Dpo,
+            dpo_beta: settings["beta"].as_f64().unwrap(),
+            init_adapter: Some(oracle.join(format!("{name}-train-initial"))),
+            lr: settings["learning_rate"].as_f64(),
+            warmup_steps: settings["warmup_steps"].as_u64().unwrap() as usize,
+            epochs: 1.0,
+            batch_size: pairs(&steps[0]).len(),
+            // One pair each.
+            micro_batch_tokens: 20,
+            grad_clip: settings["max_grad_norm"].as_f64().unwrap(),
+            shuffle: false,
+            overwrite: true,
+            ..TrainConfig::default()
+        },
+        model_dir: fixtures().join(name),
+        train: steps.iter().flat_map(pairs).map(|value| pair(&value)).collect(),
+        valid: Vec::new(),
+        sources: Vec::new(),
+    };
+    let mut expected = steps.iter();
+    let mut observer = |event: &TrainEvent| {
+        let TrainEvent::Step {
+            step, loss, grad_norm, learning_rate, token_accuracy, rewards, ..
+        } = event
+        else {
+            return;
+        };
+        let expected = expected.next().unwrap();
+        let rewards = rewards.unwrap();
+        for (what, actual, tolerance) in [
+            ("loss", *loss, 1e-4),
+            ("grad_norm", *grad_norm, 1e-2),
+            ("lr", *learning_rate, 1e-12),
+            ("reward_chosen", rewards.reward_chosen, 1e-3),
+            ("reward_rejected", rewards.reward_rejected, 1e-3),
+        ] {
+            let wanted = expected[what].as_f64().unwrap();
+            let near = (actual - wanted).abs() <= tolerance;
+            assert!(near, "{name}, step {step}: {what} {actual}, not {wanted}");
+        }
+        // Before anything is learned rounding decides which answer is ahead.
+        if *step > 2 {
+            assert_eq!(Some(*token_accuracy), expected["accuracy"].as_f64(), "{name}, step {step}");
+        }
+        let margin = rewards.reward_chosen - rewards.reward_rejected;
+        assert!((rewards.reward_margin - margin).abs() < 1e-9);
+    };
+    run(&job, &mut observer, &AtomicBool::new(false)).unwrap();
+    assert!(expected.next().is_none(), "{name}: fewer steps than the oracle made");
+    same_adapter(name, &output, &format!("{name}-dpo-final"));
     fs::remove_dir_all(&output).unwrap();
+}
+
+#[test]
+fn a_llama_learns_preferences_as_with_trl() {
+    check_dpo("tiny-llama");
+}
+
+#[test]
+fn a_qwen2_learns_preferences_as_with_trl() {
+    check_dpo("tiny-qwen2");
 }
 
 #[test]

@@ -17,8 +17,23 @@ pub(super) fn apply(nice: Option<u8>, memory: Option<usize>) -> anyhow::Result<(
         let limit = Some(memory as u64);
         rustix::process::setrlimit(Resource::Data, Rlimit { current: limit, maximum: limit })
             .context("limiting the memory")?;
+        end_at_panics();
     }
     Ok(())
+}
+
+/// Makes a panic of any thread one line and the end of the process. Where there is no memory left a
+/// backtrace fails half-way, and the failure then waits for the backtrace: for ever.
+#[cfg(unix)]
+fn end_at_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let message = panic.payload_as_str().unwrap_or("a panic without a message");
+        match panic.location() {
+            Some(place) => eprintln!("error: {message} ({place})"),
+            None => eprintln!("error: {message}"),
+        }
+        std::process::exit(101);
+    }));
 }
 
 /// There are no such limits here.

@@ -19,13 +19,12 @@ pub(super) fn stop_on_signals(stop: &Arc<AtomicBool>, patient: bool) -> anyhow::
     // The handlers are in place before this returns, so no signal is lost.
     let mut signals = runtime.block_on(async { Signals::new() })?;
     std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
-        runtime.block_on(signals.next());
-        stop.store(true, Ordering::Relaxed);
-        runtime.block_on(signals.next());
-        while patient {
+        loop {
             runtime.block_on(signals.next());
+            if stop.swap(true, Ordering::Relaxed) && !patient {
+                std::process::exit(130);
+            }
         }
-        std::process::exit(130);
     })?;
     Ok(())
 }

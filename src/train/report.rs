@@ -12,11 +12,11 @@ pub(super) fn last_loss(events: &[TrainEvent]) -> Option<f64> {
 
 /// Loss and token accuracy of the newest validation over all rows.
 pub(super) fn last_validation(events: &[TrainEvent]) -> Option<(f64, f64)> {
-    events.iter().rev().find_map(|event| match event {
-        TrainEvent::Validated { full: true, loss, token_accuracy, .. } => {
-            Some((*loss, *token_accuracy))
-        }
-        _ => None,
+    events.iter().rev().find_map(|event| {
+        let TrainEvent::Validated { full: true, loss, token_accuracy, .. } = event else {
+            return None;
+        };
+        Some((*loss, *token_accuracy))
     })
 }
 

@@ -16,7 +16,8 @@ pub(super) const FORMAT: Format = Format {
     example: r#"{"input":{"messages":[{"role":"user","content":"Capital of France?"}]},"preferred_output":[{"role":"assistant","content":"Paris"}],"non_preferred_output":[{"role":"assistant","content":"Lyon"}]}"#,
     detect: |row| {
         let answers = || PREFERRED.iter().chain(NON_PREFERRED);
-        answers().any(|key| row.contains_key(*key)) || row["input"]["messages"].is_array()
+        answers().any(|key| row.contains_key(*key))
+            || row.get("input").is_some_and(|input| input["messages"].is_array())
     },
     parse,
 };
