@@ -60,8 +60,10 @@ pub fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         let listener = TcpListener::bind(address).await.with_context(|| address.to_string())?;
+        // Who reads that the server listens may stop it at once.
+        let shutdown = shutdown_signal()?;
         announce(&state, listener.local_addr()?, needs_key);
-        api::run(listener, state, shutdown_signal()?).await?;
+        api::run(listener, state, shutdown).await?;
         Ok(ExitCode::SUCCESS)
     })
 }

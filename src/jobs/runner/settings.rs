@@ -190,7 +190,7 @@ fn link_file(service: &Service, id: &str, param: &'static str, to: &Path) -> Res
     }
     let not_found = || JobsError::NotFound { what: "File", id: id.to_owned(), param };
     let file: FileRecord = service.store.get(id)?.ok_or_else(not_found)?;
-    let from = service.path("blobs").join(&file.sha256);
+    let from = service.blob_path(&file);
     match fs::hard_link(&from, to) {
         Err(error) if error.kind() == ErrorKind::NotFound => Err(not_found()),
         Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
