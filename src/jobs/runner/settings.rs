@@ -176,9 +176,9 @@ impl Places {
             }
             Ok(())
         })
-        .map_err(|source: std::io::Error| match source.kind() {
-            ErrorKind::NotFound => not_found(),
-            _ => JobsError::file(from, source),
+        .map_err(|source: std::io::Error| {
+            let is_gone = source.kind() == ErrorKind::NotFound;
+            if is_gone { not_found() } else { JobsError::file(from, source) }
         })
     }
 }

@@ -61,16 +61,12 @@ pub(super) fn validate(service: &Service, job: &Job) -> Result<(), JobsError> {
     say_begun(service, job)?;
     let places = Places::of(service, &job.id);
     places.prepare(service, job)?;
-    let mut tries = 1;
-    let verdict = loop {
-        match check(service, job, &places)? {
-            Verdict::Crashed(reason) if tries < MAX_TRIES => {
-                tracing::warn!(job = job.id, "the check ended unexpectedly: {reason}");
-                tries += 1;
-            }
-            verdict => break verdict,
-        }
-    };
+    let mut verdict = check(service, job, &places)?;
+    for _ in 1..MAX_TRIES {
+        let Verdict::Crashed(reason) = &verdict else { break };
+        tracing::warn!(job = job.id, "the check ended unexpectedly: {reason}");
+        verdict = check(service, job, &places)?;
+    }
     match verdict {
         // A cancellation is seen to by whoever looks at the job next.
         Verdict::Interrupted => Ok(()),
