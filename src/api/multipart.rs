@@ -3,20 +3,20 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use axum::{
-    body::{Body, Bytes},
+    body::{Body, BodyDataStream, Bytes},
     extract::{
         DefaultBodyLimit, FromRequest, Multipart, Request,
         multipart::{Field, MultipartError},
     },
     http::{HeaderMap, header},
 };
-use futures_util::StreamExt;
+use futures_util::{StreamExt, stream};
 
 use super::{AppState, blocking::blocking, error::ApiError};
 use crate::jobs::{Incoming, JobsError, Staged};
@@ -33,7 +33,7 @@ const MAX_OVERHEAD_BYTES: u64 = 1 << 20;
 /// What is read without coming to the next piece of a part, in bytes: headers are not endless.
 const MAX_UNPARSED_BYTES: u64 = 1 << 20;
 
-/// Of a form that is refused, this much is read and thrown away, because a client that is still
+/// Of a form that is refused, this much more is read and thrown away, because a client that is still
 /// sending would not see the answer.
 const MAX_DISCARDED_BYTES: u64 = 256 << 20;
 
@@ -158,17 +158,14 @@ impl Reader {
 
     async fn next_part(&mut self) -> Result<Option<Field<'_>>, ApiError> {
         self.meter.progress();
-        let next = tokio::time::timeout(IDLE_TIMEOUT, self.parts.next_field()).await;
-        next.map_err(|_| idle())?.map_err(|error| self.meter.explain(&error))
+        self.parts.next_field().await.map_err(|error| self.meter.explain(&error))
     }
 
     /// Reads what the client still sends.
     async fn discard(&mut self) {
-        self.meter.allow(MAX_DISCARDED_BYTES);
-        let meter = Arc::clone(&self.meter);
-        while let Ok(Some(mut part)) = self.next_part().await {
-            while let Ok(Some(_)) = next_chunk(&mut part, &meter).await {}
-        }
+        self.meter.is_discarding.store(true, Ordering::Relaxed);
+        // To the parser, the form ends here, once the body has ended.
+        let _ = self.parts.next_field().await;
     }
 }
 
@@ -212,42 +209,32 @@ async fn text(mut part: Field<'_>, meter: &Meter, name: &str) -> Result<String, 
 
 async fn next_chunk(part: &mut Field<'_>, meter: &Meter) -> Result<Option<Bytes>, ApiError> {
     meter.progress();
-    let next = tokio::time::timeout(IDLE_TIMEOUT, part.chunk()).await;
-    next.map_err(|_| idle())?.map_err(|error| meter.explain(&error))
-}
-
-fn idle() -> ApiError {
-    ApiError::BodyTimeout(IDLE_TIMEOUT.as_secs())
+    part.chunk().await.map_err(|error| meter.explain(&error))
 }
 
 fn twice(name: &str) -> ApiError {
     ApiError::invalid(name, format!("the form has `{name}` twice"))
 }
 
-/// Counts what is read of a form. The parser would collect headers without end, and all that a fast
-/// client sends.
+/// Watches what is read of a form. The parser by itself would collect headers without end, and all that
+/// a fast client sends.
 struct Meter {
-    limit: AtomicU64,
+    limit: u64,
     read: AtomicU64,
     unparsed: AtomicU64,
+    is_idle: AtomicBool,
+    is_discarding: AtomicBool,
 }
 
 impl Meter {
     fn new(limit: u64) -> Self {
-        Self { limit: AtomicU64::new(limit), read: 0.into(), unparsed: 0.into() }
-    }
-
-    fn count(&self, bytes: usize) -> Result<(), &'static str> {
-        let bytes = bytes as u64;
-        let read = self.read.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        let unparsed = self.unparsed.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        if read > self.limit.load(Ordering::Relaxed) {
-            return Err("it is too large");
+        Self {
+            limit,
+            read: 0.into(),
+            unparsed: 0.into(),
+            is_idle: false.into(),
+            is_discarding: false.into(),
         }
-        if unparsed > MAX_UNPARSED_BYTES {
-            return Err("a part has too long headers");
-        }
-        Ok(())
     }
 
     /// The parser is about to hand out the next piece.
@@ -255,14 +242,37 @@ impl Meter {
         self.unparsed.store(0, Ordering::Relaxed);
     }
 
-    fn allow(&self, more: u64) {
-        self.limit.fetch_add(more, Ordering::Relaxed);
+    async fn next(&self, chunks: &mut BodyDataStream) -> Option<Result<Bytes, String>> {
+        let Ok(next) = tokio::time::timeout(IDLE_TIMEOUT, chunks.next()).await else {
+            self.is_idle.store(true, Ordering::Relaxed);
+            return Some(Err("nothing came".to_owned()));
+        };
+        let chunk = next?.map_err(|error| error.to_string());
+        Some(chunk.and_then(|chunk| self.count(chunk.len() as u64).map(|()| chunk)))
+    }
+
+    fn count(&self, bytes: u64) -> Result<(), String> {
+        let read = self.read.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        let unparsed = self.unparsed.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        if self.is_discarding.load(Ordering::Relaxed) {
+            let is_enough = read > self.limit + MAX_DISCARDED_BYTES;
+            return if is_enough { Err("it goes on".to_owned()) } else { Ok(()) };
+        }
+        if read > self.limit {
+            return Err("it is too large".to_owned());
+        }
+        if unparsed > MAX_UNPARSED_BYTES {
+            return Err("the headers of a part are too long".to_owned());
+        }
+        Ok(())
     }
 
     fn explain(&self, error: &MultipartError) -> ApiError {
-        let limit = self.limit.load(Ordering::Relaxed);
-        if self.read.load(Ordering::Relaxed) > limit {
-            return ApiError::BodyTooLarge(limit as usize);
+        if self.is_idle.load(Ordering::Relaxed) {
+            return ApiError::BodyTimeout(IDLE_TIMEOUT.as_secs());
+        }
+        if self.read.load(Ordering::Relaxed) > self.limit {
+            return ApiError::BodyTooLarge(self.limit as usize);
         }
         ApiError::Invalid {
             message: format!("the form could not be read: {}", error.body_text()),
@@ -272,17 +282,20 @@ impl Meter {
     }
 }
 
-/// The body, counted, and one chunk at a time: a parser that takes what it gets gets no more before it
-/// has been asked what it made of it.
+/// The body, watched, and one chunk at a time: a parser that takes what it can get gets no more before
+/// it has been asked what it made of it. (It also needs a pause before the end, or it takes a form whose
+/// first bytes come late for a broken one.)
 fn metered(body: Body, meter: Arc<Meter>) -> Body {
-    Body::from_stream(body.into_data_stream().then(move |chunk| {
-        let meter = Arc::clone(&meter);
-        async move {
+    let start = (body.into_data_stream(), meter, false);
+    Body::from_stream(stream::unfold(start, |(mut chunks, meter, has_read)| async move {
+        if has_read {
             tokio::task::yield_now().await;
-            let chunk = chunk.map_err(|error| error.to_string())?;
-            meter.count(chunk.len())?;
-            Ok::<_, Box<dyn std::error::Error + Send + Sync>>(chunk)
         }
+        let mut chunk = meter.next(&mut chunks).await?;
+        while meter.is_discarding.load(Ordering::Relaxed) && chunk.is_ok() {
+            chunk = meter.next(&mut chunks).await?;
+        }
+        Some((chunk, (chunks, meter, true)))
     }))
 }
 

@@ -5,11 +5,14 @@
 mod bundle;
 mod chat;
 mod check;
+mod client;
 mod common;
 mod config;
 mod demo;
 mod eval;
+mod files;
 mod health;
+mod jobs;
 mod merge;
 mod progress;
 mod pull;
@@ -45,6 +48,8 @@ enum Command {
     Check(check::CheckArgs),
     Pull(pull::PullArgs),
     Health(health::HealthArgs),
+    Files(files::FilesArgs),
+    Jobs(jobs::JobsArgs),
     /// Write the sources of the bundled tiny base model and the demo's dataset
     #[command(hide = true)]
     Bundle(bundle::Args),
@@ -65,6 +70,8 @@ pub fn main() -> ExitCode {
         Command::Check(args) => check::run(&args),
         Command::Pull(args) => pull::run(&args),
         Command::Health(args) => health::run(&args),
+        Command::Files(args) => files::run(&args),
+        Command::Jobs(args) => jobs::run(&args),
         Command::Bundle(args) => bundle::run(&args),
     };
     result.unwrap_or_else(|error| {

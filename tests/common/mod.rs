@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 #![allow(clippy::needless_pass_by_value, reason = "`json!` makes values")]
 
+pub mod form;
 pub mod http;
 pub mod records;
 pub mod server;
