@@ -89,9 +89,8 @@ fn parent_of(state: &AppState, service: &Service, model: &str) -> Result<Option<
         return Err(not_available());
     }
     // Loaded here if need be: the runner takes its folder from the registry.
-    let version = resolve_model(state, model).map_err(|error| match error {
-        ApiError::ModelNotFound(_) => not_available(),
-        other => other,
+    let version = resolve_model(state, model).map_err(|error| {
+        if matches!(error, ApiError::ModelNotFound(_)) { not_available() } else { error }
     })?;
     Ok(version.map(|version| version.name.clone()))
 }

@@ -69,7 +69,7 @@ fn unknown(param: &str) -> ApiError {
 }
 
 /// Hyperparameters as far as they were given.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone, Copy)]
 struct Given {
     n_epochs: Option<Auto<u32>>,
     batch_size: Option<Auto<u32>>,
@@ -213,7 +213,7 @@ fn integrations(wire: Vec<Value>) -> Result<Vec<Value>, ApiError> {
             return invalid(".type", "must be \"wandb\"");
         }
         let wandb = &integration["wandb"];
-        if !wandb["project"].as_str().is_some_and(|project| !project.is_empty()) {
+        if wandb["project"].as_str().is_none_or(str::is_empty) {
             return invalid(".wandb.project", "is required");
         }
         for field in ["name", "entity"] {

@@ -67,12 +67,7 @@ impl Service {
             return Err(JobsError::invalid("seed", message));
         }
         if let Some(alias) = &request.alias {
-            self.check_alias_name(alias).map_err(|error| match error {
-                JobsError::Invalid { message, code, .. } => {
-                    JobsError::Invalid { message, param: "alias", code }
-                }
-                other => other,
-            })?;
+            self.check_alias_name(alias, "alias")?;
         }
         let gate = self.gate(&request)?;
         let job = new_job(request, gate);

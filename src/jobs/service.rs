@@ -70,9 +70,12 @@ pub struct Parts {
     pub eos_token_ids: Vec<u32>,
 }
 
-/// Work that goes on by itself, each on a thread of its own, until [`Service::is_stopping`]: the
-/// thread's name and its loop.
-const WORKERS: &[(&str, fn(&Service))] = &[
+/// Work that goes on by itself on a thread of its own, until [`Service::is_stopping`]: the thread's
+/// name and its loop.
+type Worker = (&'static str, fn(&Service));
+
+/// The service's threads.
+const WORKERS: &[Worker] = &[
     ("expiry", expiry::run),
     ("webhooks", webhooks::run),
     ("sweep models", Service::sweep_models),
