@@ -76,9 +76,8 @@ pub(crate) async fn point_alias(
         let missing =
             || ApiError::invalid(param, format!("`{param}`: the model `{model}` does not exist"));
         // Loads it, so that whoever uses the alias finds it ready.
-        let version = resolve_model(&state, &model).map_err(|error| match error {
-            ApiError::ModelNotFound(_) => missing(),
-            other => other,
+        let version = resolve_model(&state, &model).map_err(|error| {
+            if matches!(error, ApiError::ModelNotFound(_)) { missing() } else { error }
         })?;
         if model.contains('@') {
             let message = format!("`{param}`: an alias stands for a name, not for a version of it");
@@ -95,9 +94,8 @@ pub(crate) async fn point_alias(
                 None => return Err(missing()),
             },
         };
-        let pointed = service.put_alias(&name, &target, sku).map_err(|error| match error {
-            JobsError::NotFound { .. } => missing(),
-            other => other.into(),
+        let pointed = service.put_alias(&name, &target, sku).map_err(|error| {
+            if matches!(error, JobsError::NotFound { .. }) { missing() } else { error.into() }
         })?;
         let (alias, _) = &pointed;
         tracing::info!(alias = alias.name, model = alias.model, "alias set");

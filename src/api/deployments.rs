@@ -96,10 +96,8 @@ async fn delete_deployment(
 }
 
 fn deployment(id: &str, alias: Alias) -> Value {
-    let sku = match alias.sku {
-        Value::Null => json!({"name": "standard", "capacity": 1}),
-        sku => sku,
-    };
+    let usual = || json!({"name": "standard", "capacity": 1});
+    let sku = if alias.sku.is_null() { usual() } else { alias.sku };
     json!({
         "id": id,
         "name": alias.name,

@@ -4,7 +4,7 @@
 use serde_json::{Map, Value};
 
 use super::{error::ApiError, types::fine_tuning::CreateJobRequest};
-use crate::jobs::{Auto, Gate, Hyperparameters, JobRequest, JobsConfig, Method, Parent};
+use crate::jobs::{Auto, Gate, Hyperparameters, JobRequest, JobsConfig, Method};
 
 /// What Azure's clients send for "auto".
 const AZURE_AUTO: f64 = -1.0;
@@ -15,7 +15,7 @@ const AZURE_AUTO: f64 = -1.0;
 /// 400 naming the field.
 pub(crate) fn job_request(
     wire: CreateJobRequest,
-    parent: Option<Parent>,
+    parent: Option<String>,
     config: &JobsConfig,
 ) -> Result<JobRequest, ApiError> {
     let required = |param: &str, value: Option<String>| {
@@ -69,7 +69,7 @@ fn unknown(param: &str) -> ApiError {
 }
 
 /// Hyperparameters as far as they were given.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone, Copy)]
 struct Given {
     n_epochs: Option<Auto<u32>>,
     batch_size: Option<Auto<u32>>,
@@ -213,7 +213,7 @@ fn integrations(wire: Vec<Value>) -> Result<Vec<Value>, ApiError> {
             return invalid(".type", "must be \"wandb\"");
         }
         let wandb = &integration["wandb"];
-        if !wandb["project"].as_str().is_some_and(|project| !project.is_empty()) {
+        if wandb["project"].as_str().is_none_or(str::is_empty) {
             return invalid(".wandb.project", "is required");
         }
         for field in ["name", "entity"] {

@@ -66,7 +66,7 @@ pub(crate) fn decoded(text: &str) -> String {
     let mut at = 0;
     while at < bytes.len() {
         let hex = (bytes[at] == b'%').then(|| text.get(at + 1..at + 3)).flatten();
-        match hex.and_then(|hex| parse_hex(hex)) {
+        match hex.and_then(parse_hex) {
             Some(byte) => {
                 plain.push(byte);
                 at += 3;

@@ -20,7 +20,7 @@ impl Service {
         model: &Model,
         sku: Value,
     ) -> Result<(Alias, bool), JobsError> {
-        self.check_alias_name(name)?;
+        self.check_alias_name(name, "name")?;
         let id = model.id(&self.config.base_name);
         self.store.write(|tx| {
             // Looked at within the transaction: a deletion may have come meanwhile.
@@ -41,15 +41,15 @@ impl Service {
     /// Refuses what cannot be an alias: no plain name, or already the name of a model.
     ///
     /// # Errors
-    /// `Invalid` with param `name`.
-    pub fn check_alias_name(&self, name: &str) -> Result<(), JobsError> {
+    /// `Invalid` with this `param`.
+    pub fn check_alias_name(&self, name: &str, param: &'static str) -> Result<(), JobsError> {
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
         let is_plain = name.starts_with(|c: char| c.is_ascii_alphanumeric())
             && name.chars().all(plain)
             && name.len() <= MAX_NAME_CHARS;
         if !is_plain {
             return Err(JobsError::invalid(
-                "name",
+                param,
                 format!(
                     "{name:?} cannot be an alias: expected letters, digits and `-_.`, a letter or \
                      digit first, at most {MAX_NAME_CHARS}"
@@ -61,7 +61,7 @@ impl Service {
             || self.store.get::<ModelRecord>(name)?.is_some();
         if is_taken {
             let message = format!("`{name}` cannot be an alias: it is the name of a model");
-            return Err(JobsError::invalid("name", message));
+            return Err(JobsError::invalid(param, message));
         }
         Ok(())
     }
