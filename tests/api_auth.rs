@@ -10,8 +10,11 @@ const OPEN: &[&str] = &["/health", "/ping", "/ready", "/metrics"];
 
 fn status(server: &Server, method: &str, path: &str, header: Option<(&str, &str)>) -> u16 {
     let headers: Vec<_> = header.into_iter().chain([JSON]).collect();
-    let path = path.replace("{id}", "tiny-llama");
-    let response = server.request(method, &path, &headers, b"{}");
+    let path: Vec<&str> = path
+        .split('/')
+        .map(|part| if part.starts_with('{') { "tiny-llama" } else { part })
+        .collect();
+    let response = server.request(method, &path.join("/"), &headers, b"{}");
     if response.status == 401 {
         assert_eq!(response.header("www-authenticate"), Some("Bearer"));
         assert_eq!(response.json()["error"]["code"], "invalid_api_key");
@@ -37,15 +40,40 @@ fn without_a_key_only_probes_and_metrics_answer() {
     }
 }
 
+/// What a key may do where there are admin keys; everything else needs one of these.
+const FOR_USERS: &[(&str, &str)] = &[
+    ("POST", "/v1/chat/completions"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/{id}"),
+    ("GET", "/v1/fine_tuning/jobs"),
+    ("GET", "/v1/fine_tuning/jobs/{id}"),
+    ("GET", "/v1/fine_tuning/jobs/{id}/events"),
+    ("GET", "/v1/fine_tuning/jobs/{id}/checkpoints"),
+    ("GET", "/v1/fine_tuning/checkpoints/{id}/permissions"),
+];
+
 #[test]
-fn an_admin_key_keeps_other_keys_from_changing_adapters() {
-    let args = ["--api-key", "user", "--admin-key", "root"];
+fn where_there_are_admin_keys_the_others_ask_and_look_and_change_nothing() {
+    let dir = common::TempDir::new();
+    let data = dir.0.to_str().unwrap();
+    let args = ["--api-key", "user", "--admin-key", "root", "--data-dir", data];
     let server = Server::start(&fixture("tiny-llama"), &args);
-    for path in ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"] {
-        assert_eq!(status(&server, "POST", path, Some(("api-key", "user"))), 403);
-        assert_eq!(status(&server, "POST", path, Some(("api-key", "root"))), 400);
+    for (method, path) in ROUTES {
+        let for_users = OPEN.contains(path) || FOR_USERS.contains(&(method, path));
+        let user = status(&server, method, path, Some(("api-key", "user")));
+        assert_eq!(user == 403, !for_users, "{method} {path}: {user}");
+        let root = status(&server, method, path, Some(("api-key", "root")));
+        let is_base = (*method, *path) == ("DELETE", "/v1/models/{id}");
+        assert_eq!(root == 403, is_base, "{method} {path}: {root}");
+        // Azure's form of a path is that path.
+        if let Some(rest) = path.strip_prefix("/v1/") {
+            for form in ["/openai/", "/openai/v1/"] {
+                let path = format!("{form}{rest}");
+                let user = status(&server, method, &path, Some(("api-key", "user")));
+                assert_eq!(user == 403, !for_users, "{method} {path}: {user}");
+            }
+        }
     }
-    assert_eq!(status(&server, "GET", "/v1/models", Some(("api-key", "user"))), 200);
 }
 
 #[test]

@@ -23,6 +23,7 @@ use super::{
     types::adapters::{LoadAdapterRequest, UnloadAdapterRequest},
 };
 use crate::adapters::AdapterVersion;
+use crate::jobs::Model;
 use crate::telemetry;
 
 /// How often `mode: "wait"` looks whether the last request has let go.
@@ -117,6 +118,7 @@ impl IntoResponse for AdapterRouteError {
 fn load(state: &AppState, body: LoadAdapterRequest) -> Result<Arc<AdapterVersion>, ApiError> {
     refuse_unsupported(&body)?;
     let name = valid_name(state, body.lora_name)?;
+    refuse_taken(state, &name)?;
     let path = body.lora_path.filter(|path| !path.is_empty());
     let path = path.ok_or_else(|| ApiError::invalid("lora_path", "`lora_path` is required"))?;
     let dir = state.config.adapter_roots.admit(&path)?;
@@ -145,6 +147,18 @@ fn refuse_unsupported(body: &LoadAdapterRequest) -> Result<(), ApiError> {
     unsupported_unless("activate", body.activate.as_ref(), &[json!(true)])?;
     unsupported_unless("pin", body.pin.as_ref(), &[json!(false)])?;
     unsupported_unless("dry_run", body.dry_run.as_ref(), &[json!(false)])
+}
+
+/// A job's model is what the job made, and an alias leads where it was pointed.
+fn refuse_taken(state: &AppState, name: &str) -> Result<(), ApiError> {
+    let Ok(service) = state.jobs() else { return Ok(()) };
+    let what = match service.find_model(name)? {
+        Some(Model::Tuned(_)) => "is the name of a fine-tuned model",
+        Some(Model::Adapter(adapter)) if adapter == name => return Ok(()),
+        None => return Ok(()),
+        Some(Model::Base | Model::Adapter(_)) => "is an alias",
+    };
+    Err(ApiError::invalid("lora_name", format!("`lora_name` {what}")))
 }
 
 fn valid_name(state: &AppState, name: Option<String>) -> Result<String, ApiError> {

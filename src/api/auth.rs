@@ -4,7 +4,7 @@ use std::{net::IpAddr, sync::Arc};
 
 use axum::{
     extract::{Request, State},
-    http::{HeaderMap, header},
+    http::{HeaderMap, Method, header},
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -16,8 +16,16 @@ use super::{AppState, error::ApiError};
 /// Paths that need no key: probes and scrapes come without one.
 pub(crate) const OPEN_PATHS: &[&str] = &["/health", "/ready", "/ping", "/metrics"];
 
-/// Paths that change the server for everybody.
-pub(crate) const ADMIN_PATHS: &[&str] = &["/v1/load_lora_adapter", "/v1/unload_lora_adapter"];
+/// What a key may do on a server that also has admin keys: ask models, and look at models and jobs. A
+/// path that ends with a slash stands for all below it. The rest, known or not, needs an admin key.
+const USER_PATHS: &[(&Method, &str)] = &[
+    (&Method::POST, "/v1/chat/completions"),
+    (&Method::GET, "/v1/models"),
+    (&Method::GET, "/v1/models/"),
+    (&Method::GET, "/v1/fine_tuning/jobs"),
+    (&Method::GET, "/v1/fine_tuning/jobs/"),
+    (&Method::GET, "/v1/fine_tuning/checkpoints/"),
+];
 
 /// The keys that a server accepts, as digests: the keys themselves are not kept.
 #[derive(Clone, Default)]
@@ -27,8 +35,8 @@ pub struct ApiKeys {
 }
 
 impl ApiKeys {
-    /// `api` keys open every route, unless there are `admin` keys: then only these load and unload
-    /// adapters. Without any key, every route is open.
+    /// `api` keys open every route, unless there are `admin` keys: then only these change the server and
+    /// see its files. Without any key, every route is open.
     #[must_use]
     pub fn new(api: &[String], admin: &[String]) -> Self {
         let digests = |keys: &[String]| keys.iter().map(|key| digest(key.as_bytes())).collect();
@@ -41,7 +49,7 @@ impl ApiKeys {
         self.api.is_empty() && self.admin.is_empty()
     }
 
-    fn check(&self, path: &str, headers: &HeaderMap) -> Result<(), ApiError> {
+    fn check(&self, method: &Method, path: &str, headers: &HeaderMap) -> Result<(), ApiError> {
         if self.is_empty() || OPEN_PATHS.contains(&path) {
             return Ok(());
         }
@@ -51,7 +59,7 @@ impl ApiKeys {
         if !(is_api | is_admin) {
             return Err(ApiError::Unauthorized);
         }
-        if ADMIN_PATHS.contains(&path) && !self.admin.is_empty() && !is_admin {
+        if !self.admin.is_empty() && !is_admin && !is_for_users(method, path) {
             return Err(ApiError::Forbidden("this route needs an admin key".to_owned()));
         }
         Ok(())
@@ -64,7 +72,7 @@ pub(crate) async fn require_key(
     request: Request,
     next: Next,
 ) -> Response {
-    let (path, headers) = (request.uri().path(), request.headers());
+    let (method, path, headers) = (request.method(), request.uri().path(), request.headers());
     let foreign = state.config.local_only && !names_this_machine(headers);
     let allowed = if foreign {
         Err(ApiError::Forbidden(
@@ -73,12 +81,20 @@ pub(crate) async fn require_key(
                 .to_owned(),
         ))
     } else {
-        state.config.keys.check(path, headers)
+        state.config.keys.check(method, path, headers)
     };
     match allowed {
         Ok(()) => next.run(request).await,
         Err(error) => error.into_response(),
     }
+}
+
+fn is_for_users(method: &Method, path: &str) -> bool {
+    let method = if method == Method::HEAD { &Method::GET } else { method };
+    USER_PATHS.iter().any(|(allowed, place)| {
+        let fits = if place.ends_with('/') { path.starts_with(place) } else { path == *place };
+        *allowed == method && fits
+    })
 }
 
 /// A web page whose name was made to point to this machine still sends that name, and so cannot use a
@@ -116,11 +132,20 @@ mod tests {
     use super::*;
 
     fn status(keys: &ApiKeys, path: &str, header: Option<(&'static str, &str)>) -> u16 {
+        method_status(keys, &Method::GET, path, header)
+    }
+
+    fn method_status(
+        keys: &ApiKeys,
+        method: &Method,
+        path: &str,
+        header: Option<(&'static str, &str)>,
+    ) -> u16 {
         let mut headers = HeaderMap::new();
         if let Some((name, value)) = header {
             headers.insert(name, value.parse().unwrap());
         }
-        keys.check(path, &headers).map_or_else(|error| error.status().as_u16(), |()| 200)
+        keys.check(method, path, &headers).map_or_else(|error| error.status().as_u16(), |()| 200)
     }
 
     #[test]
@@ -161,16 +186,30 @@ mod tests {
     }
 
     #[test]
-    fn with_an_admin_key_the_others_cannot_change_adapters() {
+    fn with_an_admin_key_the_others_can_only_ask_and_look() {
         let keys = ApiKeys::new(&["user".to_owned()], &["root".to_owned()]);
         let user = Some(("authorization", "Bearer user"));
         let root = Some(("authorization", "Bearer root"));
-        for path in ADMIN_PATHS {
-            assert_eq!(status(&keys, path, None), 401);
-            assert_eq!(status(&keys, path, user), 403);
-            assert_eq!(status(&keys, path, root), 200);
+        for (method, path, for_users) in [
+            (Method::POST, "/v1/chat/completions", true),
+            (Method::GET, "/v1/models", true),
+            (Method::HEAD, "/v1/models", true),
+            (Method::GET, "/v1/models/a/b", true),
+            (Method::GET, "/v1/fine_tuning/jobs", true),
+            (Method::GET, "/v1/fine_tuning/jobs/ftjob-1/events", true),
+            (Method::POST, "/v1/fine_tuning/jobs", false),
+            (Method::POST, "/v1/fine_tuning/jobs/ftjob-1/cancel", false),
+            (Method::DELETE, "/v1/models/a", false),
+            (Method::POST, "/v1/load_lora_adapter", false),
+            (Method::GET, "/v1/files", false),
+            (Method::GET, "/v1/modelsx", false),
+            (Method::GET, "/v1/aliases/a", false),
+            (Method::POST, "/v1/a_route_to_come", false),
+        ] {
+            let expected = if for_users { 200 } else { 403 };
+            assert_eq!(method_status(&keys, &method, path, user), expected, "{method} {path}");
+            assert_eq!(method_status(&keys, &method, path, root), 200, "{method} {path}");
+            assert_eq!(method_status(&keys, &method, path, None), 401, "{method} {path}");
         }
-        assert_eq!(status(&keys, "/v1/models", user), 200);
-        assert_eq!(status(&keys, "/v1/models", root), 200);
     }
 }

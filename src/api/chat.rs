@@ -11,6 +11,7 @@ use axum::{
 
 use super::{
     AppState,
+    azure_form::Deployment,
     body::read_body,
     choices::{ChoiceEvent, Choices},
     error::ApiError,
@@ -58,9 +59,10 @@ async fn answer(state: &Arc<AppState>, request: Request) -> Result<Response, Api
         .map_err(|_| ApiError::Overloaded("too many requests are waiting".to_owned()))?;
 
     // 2. The last moment at which a client's mistake is found. Template and tokenizer take their time.
+    let deployment = request.extensions().get::<Deployment>().cloned();
     let body = read_body(request).await?;
     let door = Arc::clone(state);
-    let prepared = tokio::task::spawn_blocking(move || prepare_chat(&door, &body))
+    let prepared = tokio::task::spawn_blocking(move || prepare_chat(&door, &body, deployment))
         .await
         .map_err(ApiError::internal)??;
 

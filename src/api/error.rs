@@ -77,6 +77,9 @@ pub enum ApiError {
     /// The body is not declared as JSON.
     #[error("the request body must be sent as `Content-Type: application/json`")]
     NotJson,
+    /// The body is not declared as a form with files.
+    #[error("the request body must be sent as `Content-Type: multipart/form-data; boundary=...`")]
+    NotForm,
     /// An adapter that cannot be used.
     #[error(transparent)]
     Adapter(#[from] AdapterError),
@@ -133,7 +136,7 @@ impl ApiError {
             Self::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Conflict(_) => StatusCode::CONFLICT,
             Self::NoSpace(_) => StatusCode::INSUFFICIENT_STORAGE,
-            Self::NotJson => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::NotJson | Self::NotForm => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::Adapter(error) => adapter_status(error),
             Self::Overloaded(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::Draining | Self::EngineStopped => StatusCode::SERVICE_UNAVAILABLE,
@@ -172,6 +175,7 @@ impl ApiError {
             | Self::MethodNotAllowed { .. }
             | Self::BodyTimeout(_)
             | Self::NotJson
+            | Self::NotForm
             | Self::EngineStopped
             | Self::Timeout(_)
             | Self::Internal => None,

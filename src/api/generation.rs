@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     AppState,
+    azure_form::Deployment,
     body::{parse_json, unsupported_unless},
     error::ApiError,
     messages::{valid_message, valid_tools},
@@ -64,9 +65,15 @@ impl PreparedChat {
 }
 
 /// Everything between the body's bytes and the engine. May read an adapter's files and tokenises: not
-/// for the async threads.
-pub(crate) fn prepare_chat(state: &AppState, body: &[u8]) -> Result<PreparedChat, ApiError> {
-    let request = validate(parse_json(body)?)?;
+/// for the async threads. A deployment in the request's path is its model.
+pub(crate) fn prepare_chat(
+    state: &AppState,
+    body: &[u8],
+    deployment: Option<Deployment>,
+) -> Result<PreparedChat, ApiError> {
+    let mut wire: ChatCompletionRequest = parse_json(body)?;
+    wire.model = deployment.map(|Deployment(name)| name).or(wire.model);
+    let request = validate(wire)?;
     let adapter = resolve_model(state, &request.model)?;
     let text =
         state.template.render(&request.messages, request.tools.as_deref(), true, &Map::new())?;

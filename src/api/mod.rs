@@ -1,29 +1,41 @@
-//! FLOOR 6. The HTTP interface: OpenAI's chat and models, vLLM's adapter routes, probes and metrics.
+//! FLOOR 6. The HTTP interface: OpenAI's chat, models, files and fine-tuning jobs, Azure's forms of
+//! them, vLLM's adapter routes, probes and metrics.
 //!
 //! Knows JSON, statuses and headers, and turns them into calls to the floors below. Must never know
 //! tensors, schedulers or files' contents.
 
 mod adapters;
+mod aliases;
 mod auth;
+mod azure;
+mod azure_form;
 mod blocking;
 mod body;
 mod chat;
+mod checkpoints;
 mod choices;
+mod deployments;
 mod error;
 mod eval_runs;
 mod evals;
+mod files;
+mod fine_tuning;
 mod generation;
 mod graders;
 mod health;
 mod jail;
+mod job_events;
+mod job_request;
 mod messages;
 mod metrics_page;
 mod models;
+mod multipart;
 mod query;
 mod resolve;
 mod sse;
 mod state;
 mod types;
+mod uploads;
 
 use std::{future::Future, io, sync::Arc, time::Duration};
 
@@ -56,6 +68,7 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("POST", "/v1/chat/completions"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{id}"),
+    ("DELETE", "/v1/models/{id}"),
     ("POST", "/v1/load_lora_adapter"),
     ("POST", "/v1/unload_lora_adapter"),
     ("POST", "/v1/fine_tuning/alpha/graders/run"),
@@ -73,20 +86,64 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("POST", "/v1/evals/{id}/runs/{run}/cancel"),
     ("GET", "/v1/evals/{id}/runs/{run}/output_items"),
     ("GET", "/v1/evals/{id}/runs/{run}/output_items/{item}"),
+    ("POST", "/v1/files"),
+    ("GET", "/v1/files"),
+    ("GET", "/v1/files/{id}"),
+    ("DELETE", "/v1/files/{id}"),
+    ("GET", "/v1/files/{id}/content"),
+    ("POST", "/v1/uploads"),
+    ("POST", "/v1/uploads/{id}/parts"),
+    ("POST", "/v1/uploads/{id}/complete"),
+    ("POST", "/v1/uploads/{id}/cancel"),
+    ("POST", "/v1/fine_tuning/jobs"),
+    ("GET", "/v1/fine_tuning/jobs"),
+    ("GET", "/v1/fine_tuning/jobs/{id}"),
+    ("POST", "/v1/fine_tuning/jobs/{id}/cancel"),
+    ("POST", "/v1/fine_tuning/jobs/{id}/pause"),
+    ("POST", "/v1/fine_tuning/jobs/{id}/resume"),
+    ("GET", "/v1/fine_tuning/jobs/{id}/events"),
+    ("GET", "/v1/fine_tuning/jobs/{id}/checkpoints"),
+    ("GET", "/v1/fine_tuning/checkpoints/{id}/permissions"),
+    ("POST", "/v1/fine_tuning/checkpoints/{id}/permissions"),
+    ("DELETE", "/v1/fine_tuning/checkpoints/{id}/permissions/{permission}"),
+    ("GET", "/v1/aliases"),
+    ("GET", "/v1/aliases/{name}"),
+    ("PUT", "/v1/aliases/{name}"),
+    ("DELETE", "/v1/aliases/{name}"),
+    ("GET", deployments::PATH),
+    ("GET", deployments::PATH_OF_ONE),
+    ("PUT", deployments::PATH_OF_ONE),
+    ("DELETE", deployments::PATH_OF_ONE),
     ("GET", "/health"),
     ("GET", "/ping"),
     ("GET", "/ready"),
     ("GET", "/metrics"),
 ];
 
-/// The whole interface.
+/// The whole interface. Azure's addresses are rewritten around the routes, since a layer of theirs would
+/// come after the choice of a route.
 pub fn router(state: Arc<AppState>) -> Router {
+    let plain = plain_router(state);
+    Router::new().fallback_service(plain).layer(middleware::map_request(azure::understand_azure))
+}
+
+fn plain_router(state: Arc<AppState>) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat::chat_completions))
         .route("/v1/models", get(models::list_models))
-        .route("/v1/models/{*id}", get(models::get_model))
+        .route("/v1/models/{*id}", get(models::get_model).delete(models::delete_model))
         .route("/v1/load_lora_adapter", post(adapters::load_adapter))
         .route("/v1/unload_lora_adapter", post(adapters::unload_adapter))
+        .route("/v1/files", get(files::list_files).post(files::create_file))
+        .route("/v1/files/{id}", get(files::get_file).delete(files::delete_file))
+        .route("/v1/files/{id}/content", get(files::get_content))
+        .route("/v1/uploads", post(uploads::create_upload))
+        .route("/v1/uploads/{id}/parts", post(uploads::add_part))
+        .route("/v1/uploads/{id}/complete", post(uploads::complete_upload))
+        .route("/v1/uploads/{id}/cancel", post(uploads::cancel_upload))
+        .merge(fine_tuning::routes())
+        .merge(aliases::routes())
+        .merge(deployments::routes())
         .route("/health", get(health::health))
         .route("/ping", get(health::health))
         .route("/ready", get(health::ready))

@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Instant};
 
 use super::{AppState, error::ApiError};
 use crate::adapters::{AdapterError, AdapterVersion};
+use crate::jobs::{JobsError, Model};
 use crate::telemetry;
 
 /// Fewest hex digits of a digest that name a version.
@@ -11,7 +12,8 @@ const MIN_DIGEST_DIGITS: usize = 12;
 
 /// What answers to `model`: `None` is the base model. `name` is an adapter's current version;
 /// `name@v3` and `name@sha256:HEX` are that version too, if it is the one they mean. A name that is
-/// not loaded is looked for in the adapter folder, so this may read files: not for the async threads.
+/// not loaded is looked for among jobs' models, aliases and in the adapter folder, so this may read
+/// files: not for the async threads.
 ///
 /// # Errors
 /// 404 for a name that means nothing here; the reason of the refusal for an adapter that is found but
@@ -33,12 +35,48 @@ pub(crate) fn resolve_model(
     }
     let version = match state.registry.get(name) {
         Some(version) => version,
-        None => load_on_demand(state, name)?.ok_or_else(not_found)?,
+        None => match find_elsewhere(state, name)? {
+            Found::Version(version) => version,
+            Found::Base if tag.is_none() => return Ok(None),
+            Found::Base | Found::Nothing => return Err(not_found()),
+        },
     };
     if tag.is_some_and(|tag| !names_version(tag, version.version, version.adapter.digest())) {
         return Err(not_found());
     }
     Ok(Some(version))
+}
+
+/// What a name means that is not in the registry.
+enum Found {
+    Base,
+    Version(Arc<AdapterVersion>),
+    Nothing,
+}
+
+/// Looks among the models that jobs made, their other names and the aliases, then in the adapter folder.
+fn find_elsewhere(state: &AppState, name: &str) -> Result<Found, ApiError> {
+    let mut name = name.to_owned();
+    if let Ok(service) = state.jobs() {
+        match service.find_model(&name)? {
+            Some(Model::Base) => return Ok(Found::Base),
+            Some(Model::Tuned(record)) => {
+                return match service.load_model(&record) {
+                    Ok(version) => Ok(Found::Version(version)),
+                    Err(JobsError::NotFound { .. }) => Ok(Found::Nothing),
+                    Err(error) => Err(error.into()),
+                };
+            }
+            // An alias of an adapter, which may have to be loaded.
+            Some(Model::Adapter(adapter)) => name = adapter,
+            None => {}
+        }
+    }
+    let version = match state.registry.get(&name) {
+        Some(version) => Some(version),
+        None => load_on_demand(state, &name)?,
+    };
+    Ok(version.map_or(Found::Nothing, Found::Version))
 }
 
 /// Loads `name` from the adapter folder. The registry lets only one of several callers do the work.

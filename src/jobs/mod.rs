@@ -8,35 +8,49 @@
 //! State has one owner: the database of [`Store`]. Whoever changes a job writes it there and rings the
 //! [`Bell`]; the runner looks and acts. What was acknowledged is on disk.
 
+mod aliases;
 mod ask;
 mod bell;
+mod blobs;
+mod control;
 mod error;
 mod evals;
 mod evaluation;
+mod expiry;
+mod files;
 mod grading;
 mod hyperparameters;
 mod ids;
+mod models;
 mod python;
 mod records;
+mod request;
 mod service;
 mod store;
+mod uploads;
 mod webhooks;
 
 pub use self::{
     bell::Bell,
+    blobs::{Incoming, Staged},
+    control::Wish,
     error::JobsError,
     evals::{
         Counts, CriterionCounts, CriterionResult, Eval, EvalOutput, EvalRun, EvalSource,
         ModelUsage, NewEval, NewRun, Outcome, RunStatus, SourceRow, valid_metadata,
     },
     evaluation::{Evaluation, evaluate},
+    files::{MAX_FILE_BYTES, NewFile},
     grading::{RunGrader, check_graders},
     hyperparameters::base_learning_rate,
     ids::{new_id, unix_seconds},
+    models::{Model, azure_model_name},
     records::{
         Alias, Auto, Checkpoint, EventLevel, FileRecord, Gate, Hyperparameters, Job, JobError,
         JobEvent, JobStatus, Method, ModelRecord, Part, Request, Upload, UploadStatus,
     },
+    request::{JobRequest, Parent, model_not_available},
     service::{JobsConfig, Parts, Service, Webhook},
     store::{Order, Page, Query, Record, Store, StoreError, Transaction},
+    uploads::{MAX_PART_BYTES, MAX_UPLOAD_BYTES, NewUpload},
 };

@@ -24,6 +24,9 @@ pub struct FileRecord {
     pub purpose: String,
     /// Of the content, hex.
     pub sha256: String,
+    /// Whether it is gone for clients, and here only because a job still reads it.
+    #[serde(default)]
+    pub is_deleted: bool,
 }
 
 /// How far an upload in parts is.
@@ -264,6 +267,9 @@ pub struct Job {
     pub model: String,
     /// The tuned model or checkpoint that it goes on from; `None`: the base.
     pub parent_model: Option<String>,
+    /// The folder of `parent_model`, relative to the data folder where a job made it.
+    #[serde(default)]
+    pub parent_path: Option<String>,
     /// A file's id.
     pub training_file: String,
     /// A file's id.

@@ -10,8 +10,8 @@ use std::{
 };
 
 use super::{
-    Bell, EventLevel, Gate, JobEvent, JobsError, Store, StoreError, Transaction, evals, new_id,
-    unix_seconds,
+    Bell, EventLevel, Gate, JobEvent, JobsError, Store, StoreError, Transaction, blobs::Blobs,
+    evals, expiry, new_id, unix_seconds, webhooks,
 };
 use crate::adapters::AdapterRegistry;
 use crate::engine::EngineHandle;
@@ -72,12 +72,18 @@ pub struct Parts {
 
 /// Work that goes on by itself, each on a thread of its own, until [`Service::is_stopping`]: the
 /// thread's name and its loop.
-const WORKERS: &[(&str, fn(&Service))] = &[("evals", evals::work)];
+const WORKERS: &[(&str, fn(&Service))] = &[
+    ("evals", evals::work),
+    ("expiry", expiry::run),
+    ("webhooks", webhooks::run),
+    ("sweep models", Service::sweep_models),
+];
 
 /// The fine-tuning service of one server.
 pub struct Service {
     pub(super) config: JobsConfig,
     pub(super) store: Store,
+    pub(super) blobs: Blobs,
     pub(super) parts: Parts,
     /// Rung when something has changed that a worker may wait for.
     pub(super) bell: Bell,
@@ -91,15 +97,21 @@ impl Service {
     /// # Errors
     /// The folder is in use, or cannot be made or read.
     pub fn open(config: JobsConfig, parts: Parts) -> Result<Arc<Self>, JobsError> {
+        webhooks::check(&config.webhooks)?;
         let store = Store::open(&config.data_dir)?;
-        Ok(Arc::new(Self {
+        let blobs = Blobs::open(&config.data_dir, config.file_quota)?;
+        let service = Self {
             config,
             store,
+            blobs,
             parts,
             bell: Bell::default(),
             stopping: AtomicBool::new(false),
             workers: Mutex::default(),
-        }))
+        };
+        // What a crash left over.
+        service.release(&service.blobs.hashes()?)?;
+        Ok(Arc::new(service))
     }
 
     /// Starts the workers.

@@ -5,6 +5,7 @@
 #![allow(clippy::needless_pass_by_value, reason = "`json!` makes values")]
 
 pub mod http;
+pub mod records;
 pub mod server;
 
 use std::{

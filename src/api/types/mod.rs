@@ -3,4 +3,6 @@
 pub(crate) mod adapters;
 pub(crate) mod chat;
 pub(crate) mod evals;
+pub(crate) mod files;
+pub(crate) mod fine_tuning;
 pub(crate) mod models;
