@@ -59,7 +59,7 @@ fn where_there_are_admin_keys_the_others_ask_and_look_and_change_nothing() {
     let args = ["--api-key", "user", "--admin-key", "root", "--data-dir", data];
     let server = Server::start(&fixture("tiny-llama"), &args);
     for (method, path) in ROUTES {
-        let for_users = OPEN.contains(path) || FOR_USERS.contains(&(method, path));
+        let for_users = OPEN.contains(path) || FOR_USERS.contains(&(*method, *path));
         let user = status(&server, method, path, Some(("api-key", "user")));
         assert_eq!(user == 403, !for_users, "{method} {path}: {user}");
         let root = status(&server, method, path, Some(("api-key", "root")));

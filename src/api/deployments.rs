@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use axum::{
     Json, Router,
-    extract::{OriginalUri, Path, Request, State},
-    http::StatusCode,
+    extract::{Path, Request, State},
+    http::{StatusCode, Uri},
     response::{IntoResponse, Response},
     routing::get,
 };
@@ -44,7 +44,7 @@ pub(crate) fn routes() -> Router<Arc<AppState>> {
 
 async fn list_deployments(
     State(state): State<Arc<AppState>>,
-    OriginalUri(uri): OriginalUri,
+    uri: Uri,
 ) -> Result<Json<Value>, ApiError> {
     let aliases = with_service(&state, |service| service.aliases()).await?;
     let folder = uri.path().trim_end_matches('/');
@@ -57,7 +57,7 @@ async fn list_deployments(
 
 async fn get_deployment(
     State(state): State<Arc<AppState>>,
-    OriginalUri(uri): OriginalUri,
+    uri: Uri,
     Path((_, _, _, name)): Place,
 ) -> Result<Json<Value>, ApiError> {
     let alias = with_service(&state, move |service| service.alias(&name)).await?;
@@ -67,7 +67,7 @@ async fn get_deployment(
 /// 201 for a new one, 200 for one that was moved. It serves when this answers.
 async fn put_deployment(
     State(state): State<Arc<AppState>>,
-    OriginalUri(uri): OriginalUri,
+    uri: Uri,
     Path((_, _, _, name)): Place,
     request: Request,
 ) -> Result<Response, ApiError> {

@@ -24,9 +24,7 @@ use super::{
     resolve::resolve_model,
     types::fine_tuning::{CreateJobRequest, JobObject, ListObject},
 };
-use crate::jobs::{
-    Job, JobsError, Model, Order, Page, Parent, Query, Service, Wish, model_not_available,
-};
+use crate::jobs::{Job, JobsError, Model, Order, Page, Query, Service, Wish, model_not_available};
 
 /// Objects on a page, unless asked otherwise.
 pub(crate) const DEFAULT_LIMIT: usize = 20;
@@ -78,26 +76,24 @@ async fn create_job(
     Ok(Json(job.await?))
 }
 
-/// Where a job on `model` starts: `None` is the base.
-fn parent_of(state: &AppState, service: &Service, model: &str) -> Result<Option<Parent>, ApiError> {
+/// The id of what a job on `model` starts from: `None` is the base.
+fn parent_of(state: &AppState, service: &Service, model: &str) -> Result<Option<String>, ApiError> {
     let not_available = || ApiError::from(model_not_available(model));
     match service.find_model(model)? {
         Some(Model::Base) => return Ok(None),
-        Some(Model::Tuned(record)) => {
-            return Ok(Some(Parent { name: record.id, path: record.path }));
-        }
-        // A version may no longer be what its folder holds.
-        Some(Model::Adapter(_)) | None if model.contains('@') => return Err(not_available()),
+        Some(Model::Tuned(record)) => return Ok(Some(record.id)),
         Some(Model::Adapter(_)) | None => {}
     }
+    // A version may no longer be what its folder holds.
+    if model.contains('@') {
+        return Err(not_available());
+    }
+    // Loaded here if need be: the runner takes its folder from the registry.
     let version = resolve_model(state, model).map_err(|error| match error {
         ApiError::ModelNotFound(_) => not_available(),
         other => other,
     })?;
-    Ok(version.map(|version| Parent {
-        name: version.name.clone(),
-        path: version.path.display().to_string(),
-    }))
+    Ok(version.map(|version| version.name.clone()))
 }
 
 /// Newest first; `metadata[key]=value` keeps those that have it, `metadata=null` those without any.

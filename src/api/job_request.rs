@@ -4,7 +4,7 @@
 use serde_json::{Map, Value};
 
 use super::{error::ApiError, types::fine_tuning::CreateJobRequest};
-use crate::jobs::{Auto, Gate, Hyperparameters, JobRequest, JobsConfig, Method, Parent};
+use crate::jobs::{Auto, Gate, Hyperparameters, JobRequest, JobsConfig, Method};
 
 /// What Azure's clients send for "auto".
 const AZURE_AUTO: f64 = -1.0;
@@ -15,7 +15,7 @@ const AZURE_AUTO: f64 = -1.0;
 /// 400 naming the field.
 pub(crate) fn job_request(
     wire: CreateJobRequest,
-    parent: Option<Parent>,
+    parent: Option<String>,
     config: &JobsConfig,
 ) -> Result<JobRequest, ApiError> {
     let required = |param: &str, value: Option<String>| {

@@ -49,7 +49,7 @@ pub use self::{
         Alias, Auto, Checkpoint, EventLevel, FileRecord, Gate, Hyperparameters, Job, JobError,
         JobEvent, JobStatus, Method, ModelRecord, Part, Request, Upload, UploadStatus,
     },
-    request::{JobRequest, Parent, model_not_available},
+    request::{JobRequest, model_not_available},
     service::{JobsConfig, Parts, Service, Webhook},
     store::{Order, Page, Query, Record, Store, StoreError, Transaction},
     uploads::{MAX_PART_BYTES, MAX_UPLOAD_BYTES, NewUpload},

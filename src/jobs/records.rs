@@ -267,9 +267,6 @@ pub struct Job {
     pub model: String,
     /// The tuned model or checkpoint that it goes on from; `None`: the base.
     pub parent_model: Option<String>,
-    /// The folder of `parent_model`, relative to the data folder where a job made it.
-    #[serde(default)]
-    pub parent_path: Option<String>,
     /// A file's id.
     pub training_file: String,
     /// A file's id.

@@ -28,8 +28,8 @@ const MAX_METADATA_VALUE: usize = 512;
 pub struct JobRequest {
     /// As the client named it.
     pub model: String,
-    /// Where the job starts, if not from the base.
-    pub parent: Option<Parent>,
+    /// The id of the model or adapter that the job goes on from; `None`: the base.
+    pub parent: Option<String>,
     /// A file's id.
     pub training_file: String,
     /// A file's id.
@@ -50,15 +50,6 @@ pub struct JobRequest {
     pub alias: Option<String>,
     /// Under which condition; `None`: the operator's, where there is one.
     pub gate: Option<Gate>,
-}
-
-/// The model that a job goes on from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Parent {
-    /// Its id.
-    pub name: String,
-    /// Its folder; relative to the data folder where a job made it.
-    pub path: String,
 }
 
 impl Service {
@@ -136,11 +127,9 @@ impl Service {
     /// A deletion may have come since the client's model was looked up.
     fn check_parent(&self, tx: &Transaction<'_>, job: &Job) -> Result<(), JobsError> {
         let Some(parent) = &job.parent_model else { return Ok(()) };
-        let is_own = job.parent_path.as_deref().is_some_and(|path| path.starts_with("jobs/"));
-        if is_own && tx.get::<ModelRecord>(parent)?.is_none() {
-            return Err(model_not_available(&job.model));
-        }
-        Ok(())
+        let is_there =
+            tx.get::<ModelRecord>(parent)?.is_some() || self.parts.registry.get(parent).is_some();
+        if is_there { Ok(()) } else { Err(model_not_available(&job.model)) }
     }
 }
 
@@ -185,18 +174,13 @@ impl Hyperparameters {
 }
 
 fn new_job(request: JobRequest, gate: Option<Gate>) -> Job {
-    let (parent_model, parent_path) = match request.parent {
-        Some(parent) => (Some(parent.name), Some(parent.path)),
-        None => (None, None),
-    };
     Job {
         id: new_id("ftjob-"),
         created_at: unix_seconds(),
         started_at: None,
         finished_at: None,
         model: request.model,
-        parent_model,
-        parent_path,
+        parent_model: request.parent,
         training_file: request.training_file,
         validation_file: request.validation_file,
         suffix: request.suffix,

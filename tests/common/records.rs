@@ -97,7 +97,6 @@ pub fn job(id: &str, status: JobStatus) -> Job {
         finished_at: status.is_final().then_some(2),
         model: "tiny-llama".to_owned(),
         parent_model: None,
-        parent_path: None,
         training_file: "file-a".to_owned(),
         validation_file: None,
         suffix: None,

@@ -50,7 +50,7 @@ pub struct ServeArgs {
     #[arg(long, env = "TUNESMITH_API_KEY_FILE", value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub api_key_file: Option<PathBuf>,
-    /// Key for loading and unloading adapters (repeatable) [default: any key may]
+    /// Key for whatever changes the server, and for files (repeatable) [default: any key may]
     #[arg(long, env = "TUNESMITH_ADMIN_KEY", value_name = "KEY", hide_env_values = true)]
     #[arg(value_delimiter = ',')]
     #[serde(skip_serializing_if = "Vec::is_empty")]
