@@ -4,7 +4,7 @@ use std::{sync::Arc, thread, time::Duration};
 
 use serde_json::{Map, Value};
 
-use super::{JobsError, ModelRecord, Service, python};
+use super::{Service, python};
 use crate::adapters::AdapterVersion;
 use crate::engine::{
     EngineError, FinishReason, GenerationEvent, GenerationRequest, GenerationStream, SamplingParams,
@@ -28,28 +28,6 @@ pub(super) struct Asker<'a> {
 impl<'a> Asker<'a> {
     pub(super) fn new(service: &'a Service) -> Self {
         Self { service }
-    }
-
-    /// What answers to `model`: `None` is the base.
-    ///
-    /// # Errors
-    /// There is no such model, or a job's model cannot be loaded.
-    pub(super) fn version_of(&self, model: &str) -> Result<Option<Arc<AdapterVersion>>, JobsError> {
-        let service = self.service;
-        let registry = &service.parts.registry;
-        if model == service.config.base_name {
-            return Ok(None);
-        }
-        if let Some(version) = registry.get(model) {
-            return Ok(Some(version));
-        }
-        let record: Option<ModelRecord> = service.store.get(model)?;
-        let not_found =
-            || JobsError::NotFound { what: "model", id: model.to_owned(), param: "model" };
-        let record = record.ok_or_else(not_found)?;
-        // With `replace`, somebody who was faster is no error.
-        let (version, _) = registry.load(&record.id, &service.path(&record.path), true)?;
-        Ok(Some(version))
     }
 
     /// The answer of `version` to a conversation.
@@ -152,7 +130,7 @@ impl<'a> Asker<'a> {
 
 impl Outside for Asker<'_> {
     fn ask(&self, model: &str, messages: &[Value], sampling: &Sampling) -> Result<Reply, Fault> {
-        let version = self.version_of(model).map_err(|error| other(error.to_string()))?;
+        let version = self.service.version_of(model).map_err(|error| other(error.to_string()))?;
         self.ask_version(version, messages, sampling)
     }
 

@@ -71,7 +71,7 @@ fn validation_path(service: &Service, job: &Job) -> Result<Option<PathBuf>, Jobs
         return Ok(Some(own));
     }
     let file: Option<FileRecord> = service.store.get(id)?;
-    Ok(file.map(|file| service.path("blobs").join(file.sha256)))
+    Ok(file.map(|file| service.blob_path(&file)))
 }
 
 /// At most [`MAX_ROWS`] of them, in their order; which ones depends on `seed` alone.

@@ -8,7 +8,7 @@ use super::{Eval, EvalRun, EvalSource, RunStatus, SourceRow, schema, valid_metad
 use crate::eval::grader::{
     Context, Fault, FaultKind, Invalid, Messages, Path, Sampling, plain_messages,
 };
-use crate::jobs::{FileRecord, JobsError, Service, evals::records::Counts};
+use crate::jobs::{JobsError, Service, evals::records::Counts};
 
 /// Rows of one run.
 const MAX_ROWS: usize = 10_000;
@@ -191,9 +191,7 @@ fn rows(service: &Service, source: &Value) -> Result<Vec<SourceRow>, JobsError> 
 
 fn file_rows(service: &Service, id: &str) -> Result<Vec<SourceRow>, JobsError> {
     const PARAM: &str = "data_source.source.id";
-    let file: Option<FileRecord> = service.store().get(id)?;
-    let not_found = || JobsError::NotFound { what: "File", id: id.to_owned(), param: PARAM };
-    let file = file.ok_or_else(not_found)?;
+    let file = service.file(id, PARAM)?;
     if !["evals", "fine-tune"].contains(&file.purpose.as_str()) {
         let message = format!("the file's purpose is `{}`: evals or fine-tune", file.purpose);
         return Err(Invalid::new(PARAM, message).into());
@@ -203,7 +201,7 @@ fn file_rows(service: &Service, id: &str) -> Result<Vec<SourceRow>, JobsError> {
             format!("the file has {} bytes; a run takes {MAX_FILE_BYTES} at most", file.bytes);
         return Err(Invalid::new(PARAM, message).into());
     }
-    let path = service.path("blobs").join(&file.sha256);
+    let path = service.blob_path(&file);
     let failed = |source| JobsError::file(&path, source);
     let mut text = String::new();
     fs::File::open(&path).map_err(failed)?.read_to_string(&mut text).map_err(failed)?;

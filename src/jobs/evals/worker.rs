@@ -69,7 +69,7 @@ fn run(service: &Service, id: &str) -> Result<(), JobsError> {
     let ready = Answers::parse(&run.data_source).map_err(JobsError::from).and_then(|answers| {
         let version = match &answers {
             Answers::Given => None,
-            Answers::Model { model, .. } => asker.version_of(model)?,
+            Answers::Model { model, .. } => service.version_of(model)?,
         };
         Ok((answers, version, eval.graders()?))
     });
