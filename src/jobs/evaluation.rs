@@ -44,7 +44,7 @@ pub fn evaluate(
 ) -> Result<Option<Evaluation>, JobsError> {
     let default = || service.config.gate.as_ref().filter(|_| job.alias.is_some());
     let gate = job.gate.as_ref().or_else(default);
-    let asked = chosen(validation_questions(service, job)?, job.seed);
+    let asked = chosen(&validation_questions(service, job)?, job.seed);
     if asked.is_empty() {
         return Ok(gate.map(without_rows));
     }
@@ -75,7 +75,7 @@ fn validation_path(service: &Service, job: &Job) -> Result<Option<PathBuf>, Jobs
 }
 
 /// At most [`MAX_ROWS`] of them, in their order; which ones depends on `seed` alone.
-fn chosen(asked: Vec<Question>, seed: u64) -> Vec<Question> {
+fn chosen(asked: &[Question], seed: u64) -> Vec<Question> {
     let mut order = epoch_order(asked.len(), seed, 0);
     order.truncate(MAX_ROWS);
     order.sort_unstable();

@@ -34,15 +34,17 @@ impl Sampling {
         if !value.is_object() && !value.is_null() {
             return Err(Invalid::new(param, "must be an object"));
         }
-        let number = |field: &str, range: std::ops::RangeInclusive<f64>| match &value[field] {
-            Value::Null => Ok(None),
-            given => match given.as_f64().filter(|given| range.contains(given)) {
-                Some(number) => Ok(Some(number)),
-                None => {
-                    let (low, high) = (range.start(), range.end());
-                    Err(Invalid::new(place(field), format!("must be {low} to {high}, not {given}")))
-                }
-            },
+        let number = |field: &str, range: std::ops::RangeInclusive<f64>| {
+            let given = &value[field];
+            let number = given.as_f64().filter(|given| range.contains(given));
+            if number.is_none() && !given.is_null() {
+                let (low, high) = (range.start(), range.end());
+                return Err(Invalid::new(
+                    place(field),
+                    format!("must be {low} to {high}, not {given}"),
+                ));
+            }
+            Ok(number)
         };
         for field in UNSUPPORTED {
             let asked = &value[field];
@@ -56,17 +58,14 @@ impl Sampling {
             let limit = number(field, 1.0..=f64::from(u32::MAX))?;
             max_tokens = max_tokens.or(limit.map(|limit| limit as usize));
         }
-        let seed = match &value["seed"] {
-            Value::Null => DEFAULT_SEED,
-            given => given
-                .as_i64()
-                .map(|seed| u64::from_ne_bytes(seed.to_ne_bytes()))
-                .ok_or_else(|| Invalid::new(place("seed"), "must be an integer"))?,
-        };
+        let seed = value["seed"].as_i64().map(|seed| u64::from_ne_bytes(seed.to_ne_bytes()));
+        if seed.is_none() && !value["seed"].is_null() {
+            return Err(Invalid::new(place("seed"), "must be an integer"));
+        }
         Ok(Self {
             temperature: number("temperature", 0.0..=2.0)?.map_or(temperature, |t| t as f32),
             top_p: number("top_p", 1e-6..=1.0)?.map_or(1.0, |top_p| top_p as f32),
-            seed,
+            seed: seed.unwrap_or(DEFAULT_SEED),
             max_tokens,
         })
     }

@@ -86,6 +86,8 @@ fn text_of(content: &Value) -> Result<String, String> {
             let texts: Result<Vec<String>, String> = parts.iter().map(text_of).collect();
             Ok(texts?.join("\n"))
         }
-        _ => Err("`content` must be a string or a list of text parts".to_owned()),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::Array(_) => {
+            Err("`content` must be a string or a list of text parts".to_owned())
+        }
     }
 }

@@ -195,7 +195,10 @@ impl Grader {
         match &self.kind {
             Kind::Python { .. } => true,
             Kind::Multi { graders, .. } => graders.iter().any(|(_, grader)| grader.runs_python()),
-            _ => false,
+            Kind::StringCheck { .. }
+            | Kind::TextSimilarity { .. }
+            | Kind::ScoreModel { .. }
+            | Kind::LabelModel { .. } => false,
         }
     }
 
@@ -207,7 +210,9 @@ impl Grader {
             Kind::Multi { graders, .. } => {
                 graders.iter().flat_map(|(_, grader)| grader.models()).collect()
             }
-            _ => Vec::new(),
+            Kind::StringCheck { .. } | Kind::TextSimilarity { .. } | Kind::Python { .. } => {
+                Vec::new()
+            }
         }
     }
 

@@ -55,10 +55,11 @@ impl Definition<'_> {
                 return Err(self.wrong("type", message));
             }
         };
-        let pass_threshold = match &self.value["pass_threshold"] {
-            Value::Null => default_threshold,
-            given => given.as_f64().ok_or_else(|| self.wrong("pass_threshold", "is no number"))?,
-        };
+        let given = &self.value["pass_threshold"];
+        if !given.is_number() && !given.is_null() {
+            return Err(self.wrong("pass_threshold", "is no number"));
+        }
+        let pass_threshold = given.as_f64().unwrap_or(default_threshold);
         Ok(Grader { name: self.text("name")?.to_owned(), pass_threshold, kind })
     }
 
@@ -99,20 +100,15 @@ impl Definition<'_> {
     }
 
     fn range(self) -> Result<[f64; 2], Invalid> {
-        let wrong = || self.wrong("range", "must be two numbers, the smaller one first");
-        match &self.value["range"] {
-            Value::Null => Ok([0.0, 1.0]),
-            Value::Array(ends) => match ends.as_slice() {
-                [low, high] => {
-                    let (low, high) = (low.as_f64(), high.as_f64());
-                    low.zip(high)
-                        .filter(|(low, high)| low < high)
-                        .map(|(low, high)| [low, high])
-                        .ok_or_else(wrong)
-                }
-                _ => Err(wrong()),
-            },
-            _ => Err(wrong()),
+        let given = &self.value["range"];
+        if given.is_null() {
+            return Ok([0.0, 1.0]);
+        }
+        let ends = given.as_array().filter(|ends| ends.len() == 2);
+        let ends = ends.and_then(|ends| ends[0].as_f64().zip(ends[1].as_f64()));
+        match ends.filter(|(low, high)| low < high) {
+            Some((low, high)) => Ok([low, high]),
+            None => Err(self.wrong("range", "must be two numbers, the smaller one first")),
         }
     }
 

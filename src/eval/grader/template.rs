@@ -82,10 +82,13 @@ impl Template {
         for piece in &self.0 {
             match piece {
                 Piece::Text(plain) => text.push_str(plain),
-                Piece::Variable(path) => match path.find(context)? {
-                    Value::String(value) => text.push_str(value),
-                    other => text.push_str(&other.to_string()),
-                },
+                Piece::Variable(path) => {
+                    let value = path.find(context)?;
+                    match value.as_str() {
+                        Some(plain) => text.push_str(plain),
+                        None => text.push_str(&value.to_string()),
+                    }
+                }
             }
         }
         Ok(text)
@@ -135,9 +138,9 @@ impl Path {
         let mut value = if self.keys[0] == "item" { &context.item } else { &context.sample };
         let mut way = self.keys[0].clone();
         for key in &self.keys[1..] {
-            let next = match value {
-                Value::Array(values) => key.parse::<usize>().ok().and_then(|at| values.get(at)),
-                other => other.get(key),
+            let next = match value.as_array() {
+                Some(values) => key.parse::<usize>().ok().and_then(|at| values.get(at)),
+                None => value.get(key),
             };
             let Some(next) = next else { return Err(self.missing(&way, key)) };
             value = next;

@@ -46,11 +46,11 @@ impl NewEval {
         if !config["item_schema"].is_object() {
             return Err(Invalid::new(place("item_schema"), "must be a JSON schema").into());
         }
-        let include_sample_schema = match &config["include_sample_schema"] {
-            Value::Null => false,
-            Value::Bool(value) => *value,
-            _ => return Err(Invalid::new(place("include_sample_schema"), "is no boolean").into()),
-        };
+        let include_sample_schema = &config["include_sample_schema"];
+        if !include_sample_schema.is_boolean() && !include_sample_schema.is_null() {
+            return Err(Invalid::new(place("include_sample_schema"), "is no boolean").into());
+        }
+        let include_sample_schema = include_sample_schema.as_bool().unwrap_or(false);
         let testing_criteria = fields["testing_criteria"].as_array().cloned().unwrap_or_default();
         if !(1..=MAX_CRITERIA).contains(&testing_criteria.len()) {
             let message = format!("must be a list of 1 to {MAX_CRITERIA} graders");

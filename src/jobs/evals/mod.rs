@@ -167,16 +167,12 @@ fn no_run(id: &str) -> JobsError {
 /// 1 to 256 characters, or nothing.
 fn valid_name(value: &Value) -> Result<Option<String>, JobsError> {
     const MAX_CHARS: usize = 256;
-    match value {
-        Value::Null => Ok(None),
-        Value::String(name) if (1..=MAX_CHARS).contains(&name.chars().count()) => {
-            Ok(Some(name.clone()))
-        }
-        _ => Err(JobsError::invalid(
-            "name",
-            format!("`name` must be a string of 1 to {MAX_CHARS} characters"),
-        )),
+    let name = value.as_str().filter(|name| (1..=MAX_CHARS).contains(&name.chars().count()));
+    if name.is_none() && !value.is_null() {
+        let message = format!("`name` must be a string of 1 to {MAX_CHARS} characters");
+        return Err(JobsError::invalid("name", message));
     }
+    Ok(name.map(str::to_owned))
 }
 
 /// 16 pairs of short strings, as everywhere in OpenAI's API.
@@ -185,11 +181,10 @@ fn valid_name(value: &Value) -> Result<Option<String>, JobsError> {
 /// Anything else.
 pub fn valid_metadata(value: &Value) -> Result<Option<BTreeMap<String, String>>, JobsError> {
     let wrong = |what: &str| JobsError::invalid("metadata", format!("`metadata` {what}"));
-    let fields = match value {
-        Value::Null => return Ok(None),
-        Value::Object(fields) => fields,
-        _ => return Err(wrong("must be an object")),
-    };
+    if value.is_null() {
+        return Ok(None);
+    }
+    let fields = value.as_object().ok_or_else(|| wrong("must be an object"))?;
     if fields.len() > 16 {
         return Err(wrong("may have at most 16 pairs"));
     }

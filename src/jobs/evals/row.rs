@@ -155,12 +155,9 @@ impl Plan<'_> {
 /// A row that came with its answer: a text, or OpenAI's object with `output_text` or `choices`.
 fn given(row: &SourceRow) -> Answered {
     let given = row.sample.clone().unwrap_or(Value::Null);
-    let text = match &given {
-        Value::String(text) => Some(text.as_str()),
-        other => other["output_text"]
-            .as_str()
-            .or_else(|| other["choices"][0]["message"]["content"].as_str()),
-    };
+    let text = (given.as_str())
+        .or_else(|| given["output_text"].as_str())
+        .or_else(|| given["choices"][0]["message"]["content"].as_str());
     let mut context = match text {
         Some(text) => Context::of_answer(row.item.clone(), text),
         None => Context { item: row.item.clone(), sample: json!({}) },

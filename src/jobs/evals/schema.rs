@@ -55,11 +55,11 @@ fn difference_at(
 }
 
 fn allowed_types(schema: &Value) -> Option<Vec<&str>> {
-    match &schema["type"] {
-        Value::String(name) => Some(vec![name]),
-        Value::Array(names) => Some(names.iter().filter_map(Value::as_str).collect()),
-        _ => None,
+    let types = &schema["type"];
+    if let Some(name) = types.as_str() {
+        return Some(vec![name]);
     }
+    Some(types.as_array()?.iter().filter_map(Value::as_str).collect())
 }
 
 /// A type that JSON schema does not know is no reason to refuse.
