@@ -76,6 +76,8 @@ impl JobProcess {
         for (name, _) in std::env::vars_os().filter(|(name, _)| ours(name)) {
             command.env_remove(name);
         }
+        // A process that is out of memory has none for a backtrace, and would hang.
+        command.env_remove("RUST_BACKTRACE");
         // A Ctrl-C at the server's terminal is for the server, which then tells its children.
         command.args(args).process_group(0);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
