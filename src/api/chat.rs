@@ -18,7 +18,7 @@ use super::{
     resolve::version_label,
     sse,
     state::unix_seconds,
-    types::chat::{ChatChoice, ChatCompletion, ChatMessage, ToolCallObject},
+    types::chat::{ChatChoice, ChatCompletion, ChatMessage, Logprobs, ToolCallObject},
 };
 use crate::telemetry;
 
@@ -58,9 +58,10 @@ async fn answer(state: &Arc<AppState>, request: Request) -> Result<Response, Api
         .map_err(|_| ApiError::Overloaded("too many requests are waiting".to_owned()))?;
 
     // 2. The last moment at which a client's mistake is found. Template and tokenizer take their time.
+    let tenant = request.extensions().get().copied().unwrap_or_default();
     let body = read_body(request).await?;
     let door = Arc::clone(state);
-    let prepared = tokio::task::spawn_blocking(move || prepare_chat(&door, &body))
+    let prepared = tokio::task::spawn_blocking(move || prepare_chat(&door, &body, tenant))
         .await
         .map_err(ApiError::internal)??;
 
@@ -101,6 +102,10 @@ async fn collect(mut choices: Choices, envelope: Envelope) -> Result<ChatComplet
             ChoiceEvent::Text(text) => {
                 let content = &mut answers[index].message.content;
                 content.get_or_insert_default().push_str(&text);
+            }
+            ChoiceEvent::Logprob(logprob) => {
+                let nothing = || Logprobs { content: Vec::new(), refusal: None };
+                answers[index].logprobs.get_or_insert_with(nothing).content.push(logprob);
             }
             ChoiceEvent::ToolCall(call) => {
                 let calls = &mut answers[index].message.tool_calls;

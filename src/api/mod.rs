@@ -16,6 +16,7 @@ mod messages;
 mod metrics_page;
 mod models;
 mod resolve;
+mod sampling;
 mod sse;
 mod state;
 mod types;
