@@ -19,6 +19,8 @@ const REQUESTS_RUNNING: &str = "vllm:num_requests_running";
 const KV_CACHE_USAGE: &str = "vllm:kv_cache_usage_perc";
 const CACHE_CONFIG: &str = "vllm:cache_config_info";
 const PREEMPTIONS: &str = "vllm:num_preemptions_total";
+const PREFIX_QUERIES: &str = "vllm:prefix_cache_queries_total";
+const PREFIX_HITS: &str = "vllm:prefix_cache_hits_total";
 const PROMPT_TOKENS: &str = "vllm:prompt_tokens_total";
 const GENERATION_TOKENS: &str = "vllm:generation_tokens_total";
 const REQUEST_SUCCESS: &str = "vllm:request_success_total";
@@ -221,6 +223,10 @@ pub struct EngineFigures {
     pub generation_tokens: u64,
     /// Sequences sent back to the queue since the start.
     pub preemptions: u64,
+    /// Prompt tokens looked up in the prefix cache since the start.
+    pub prefix_queries: u64,
+    /// Those of them that it held.
+    pub prefix_hits: u64,
 }
 
 /// Publishes the engine's figures; called once per scrape. Every family exists from the first scrape
@@ -233,6 +239,8 @@ pub fn engine_figures(model: &str, figures: &EngineFigures) {
     gauge!(KV_CACHE_USAGE, labels.clone()).set(usage);
     counter!(PROMPT_TOKENS, labels.clone()).absolute(figures.prompt_tokens);
     counter!(GENERATION_TOKENS, labels.clone()).absolute(figures.generation_tokens);
+    counter!(PREFIX_QUERIES, labels.clone()).absolute(figures.prefix_queries);
+    counter!(PREFIX_HITS, labels.clone()).absolute(figures.prefix_hits);
     counter!(PREEMPTIONS, labels).absolute(figures.preemptions);
     let config = vec![
         Label::new("block_size", figures.block_size.to_string()),

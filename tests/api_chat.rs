@@ -108,6 +108,87 @@ fn a_stream_starts_with_the_role_and_ends_with_reason_usage_and_done() {
 }
 
 #[test]
+fn a_conversation_that_goes_on_says_how_much_of_it_was_cached_streamed_or_not() {
+    let server = Server::start(&fixture("tiny-llama"), &["--api-key", "ann", "--api-key", "bob"]);
+    let ann = server.with_key("ann");
+    let question = "please convert two cups of flour and three spoons of butter to grams";
+    let ask = |server: &Server, content: &str, changes: Value| {
+        let body = chat("tiny-llama", content, changes);
+        let usage = &server.chat(&body)["usage"];
+        let prompt = usage["prompt_tokens"].as_u64().unwrap();
+        (usage["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap(), prompt)
+    };
+    let (cached, prompt) = ask(&ann, question, json!({}));
+    assert_eq!(cached, 0);
+    assert!(prompt > 40, "{prompt}");
+    let all_but_the_tail = (prompt - 1) / 16 * 16;
+    assert_eq!(ask(&ann, question, json!({"n": 2})), (all_but_the_tail, prompt));
+    // Streamed too.
+    let changes = json!({"stream_options": {"include_usage": true}, "stop": ["e"]});
+    let chunks = ann.stream(&chat("tiny-llama", question, changes));
+    let details = &chunks.last().unwrap()["usage"]["prompt_tokens_details"];
+    assert_eq!(details["cached_tokens"], all_but_the_tail);
+    let hits = ann.metric("vllm:prefix_cache_hits_total").unwrap();
+    assert!(hits >= 2.0 * all_but_the_tail as f64, "{hits}");
+    assert!(ann.metric("vllm:prefix_cache_queries_total").unwrap() >= 4.0 * prompt as f64);
+    // Another key shares nothing, unless both say so.
+    let bob = ann.with_key("bob");
+    assert_eq!(ask(&bob, question, json!({})).0, 0);
+    assert_eq!(ask(&bob, question, json!({"cache_salt": "team"})).0, 0);
+    let ann = bob.with_key("ann");
+    assert_eq!(ask(&ann, question, json!({"cache_salt": "team"})).0, all_but_the_tail);
+}
+
+#[test]
+fn log_probabilities_come_with_every_token_streamed_or_not() {
+    let server = server();
+    let body = chat("plain", "grüße, 世界", json!({"logprobs": true, "top_logprobs": 3}));
+    let answer = server.chat(&body);
+    let tokens = answer["choices"][0]["logprobs"]["content"].as_array().unwrap().clone();
+    let streamed: Vec<Value> = server
+        .stream(&body)
+        .iter()
+        .filter_map(|chunk| chunk["choices"][0]["logprobs"]["content"].as_array().cloned())
+        .flatten()
+        .collect();
+    assert_eq!(streamed, tokens);
+    let mut bytes = Vec::new();
+    for token in &tokens {
+        bytes.extend(token["bytes"].as_array().unwrap().iter().map(|b| b.as_u64().unwrap() as u8));
+        let top = token["top_logprobs"].as_array().unwrap();
+        let logprobs: Vec<f64> = top.iter().map(|it| it["logprob"].as_f64().unwrap()).collect();
+        assert!(logprobs.len() == 3 && logprobs.is_sorted_by(|a, b| a >= b), "{token}");
+        // Greedy: the most likely one was taken.
+        assert_eq!((&top[0]["token"], &top[0]["logprob"]), (&token["token"], &token["logprob"]));
+    }
+    assert_eq!(String::from_utf8_lossy(&bytes), whole(&answer)[0].0);
+    let plain = server.chat(&chat("plain", "grüße, 世界", json!({"logprobs": true})));
+    assert_eq!(plain["choices"][0]["logprobs"]["content"][0]["top_logprobs"], json!([]));
+}
+
+#[test]
+fn bias_and_penalties_change_what_is_said() {
+    let server = server();
+    let answer = |changes: Value| server.chat(&chat("plain", "hello", changes));
+    let forced = answer(json!({"logit_bias": {"70": 100}, "max_tokens": 4, "logprobs": true}));
+    let tokens = forced["choices"][0]["logprobs"]["content"].as_array().unwrap().clone();
+    assert_eq!(tokens.len(), 4);
+    // Told as the model had it, before the bias.
+    assert!(tokens.iter().all(|it| it["token"] == tokens[0]["token"]), "{tokens:?}");
+    assert!(tokens[0]["logprob"].as_f64().unwrap() < -0.5);
+    let text = whole(&answer(json!({"max_tokens": 60})));
+    for name in ["presence_penalty", "frequency_penalty", "repetition_penalty"] {
+        assert_ne!(whole(&answer(json!({"max_tokens": 60, name: 2.0}))), text, "{name}");
+    }
+    let unknown = server.post(
+        common::server::CHAT,
+        &chat("plain", "hello", json!({"logit_bias": {"99999999": 1}})),
+    );
+    assert_eq!(unknown.status, 400);
+    assert_eq!(unknown.json()["error"]["param"], "logit_bias");
+}
+
+#[test]
 fn a_stop_string_ends_the_answer_before_it_streamed_or_not() {
     let server = server();
     let full = server.text(&chat("plain", "hello", json!({"max_tokens": 40})));

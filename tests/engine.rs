@@ -18,7 +18,7 @@ use tunesmith::{
     adapters::{AdapterRegistry, AdapterVersion, LoraAdapter, LoraConfig},
     engine::{
         EngineConfig, EngineHandle, FinishReason, GenerationEvent, GenerationRequest,
-        GenerationStream, SamplingParams, TokenScore, spawn,
+        GenerationStream, RequestOptions, SamplingParams, TokenScore, spawn,
     },
     model::{Decoder, Projection, Step, StepSequence, WeightMode},
 };
@@ -86,6 +86,7 @@ fn config() -> EngineConfig {
         max_batch_tokens: 256,
         block_size: 16,
         num_blocks: 128,
+        prefix_cache: true,
     }
 }
 
@@ -105,6 +106,7 @@ fn request(
         max_tokens,
         stop_token_ids: vec![],
         score_prompt: false,
+        options: RequestOptions::default(),
     }
 }
 
@@ -119,7 +121,7 @@ fn collect(mut stream: GenerationStream) -> Answer {
     while let Some(event) = stream.blocking_next() {
         match event {
             GenerationEvent::PromptScores(scores) => answer.scores = scores,
-            GenerationEvent::Token { id } => answer.tokens.push(id),
+            GenerationEvent::Token { id, .. } => answer.tokens.push(id),
             GenerationEvent::Finished { .. } => return answer,
             GenerationEvent::Failed { message } => panic!("{message}"),
         }
@@ -173,6 +175,9 @@ fn greedy_answers_are_those_of_the_request_alone() {
         ] {
             let engine = spawn(Arc::clone(&decoder), config.clone()).unwrap();
             assert_eq!(together(&engine, requests()), cold, "{model}: {what}");
+            // Once more, with whatever the cache has kept.
+            assert_eq!(together(&engine, requests()), cold, "{model}: {what}, cached");
+            assert!(engine.stats().prefix_hits() > 0, "{model}: {what}");
             assert_eq!(engine.stats().preemptions() > 0, what == "few blocks", "{what}");
             assert_eq!((engine.stats().used_blocks(), engine.num_unfinished()), (0, 0));
         }
@@ -187,12 +192,14 @@ fn two_versions_of_one_name_run_side_by_side() {
     let new = random_adapter(&registry, &decoder, "chef", 2);
     assert_eq!((old.version, new.version), (1, 2));
     let requests = || -> Vec<_> {
-        [&old, &new, &old, &new].map(|v| request(prompt(5, 12), 20, Some(v))).into()
+        [&old, &new, &old, &new].map(|v| request(prompt(5, 40), 20, Some(v))).into()
     };
     let engine = spawn(Arc::clone(&decoder), config()).unwrap();
     let answers = together(&engine, requests());
     assert_ne!(answers[0], answers[1]);
     assert_eq!(answers[0], answers[2]);
+    // Neither version finds what the other left in the cache.
+    assert_eq!(answers, together(&engine, requests()));
     assert_eq!(answers, alone(&engine, requests()));
 }
 
@@ -272,7 +279,7 @@ fn a_stop_token_ends_the_answer() {
     let mut tokens = Vec::new();
     let mut reason = None;
     while let Some(event) = stream.blocking_next() {
-        if let GenerationEvent::Token { id } = event {
+        if let GenerationEvent::Token { id, .. } = event {
             tokens.push(id);
         } else if let GenerationEvent::Finished { reason: why, .. } = event {
             reason = Some(why);

@@ -66,10 +66,15 @@ impl ApiKeys {
     }
 }
 
+/// Who asked: the digest of the key that was sent, if the server has keys. Handlers find it among a
+/// request's extensions.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Tenant(pub(crate) Option<[u8; 32]>);
+
 /// The layer. An unknown path is refused before anybody learns that it does not exist.
 pub(crate) async fn require_key(
     State(state): State<Arc<AppState>>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Response {
     let (method, path, headers) = (request.method(), request.uri().path(), request.headers());
@@ -84,7 +89,12 @@ pub(crate) async fn require_key(
         state.config.keys.check(method, path, headers)
     };
     match allowed {
-        Ok(()) => next.run(request).await,
+        Ok(()) => {
+            let key = presented_key(headers).filter(|_| !state.config.keys.is_empty());
+            let tenant = Tenant(key.map(digest));
+            request.extensions_mut().insert(tenant);
+            next.run(request).await
+        }
         Err(error) => error.into_response(),
     }
 }

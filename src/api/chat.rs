@@ -19,7 +19,7 @@ use super::{
     resolve::version_label,
     sse,
     state::unix_seconds,
-    types::chat::{ChatChoice, ChatCompletion, ChatMessage, ToolCallObject},
+    types::chat::{ChatChoice, ChatCompletion, ChatMessage, Logprobs, ToolCallObject},
 };
 use crate::telemetry;
 
@@ -60,11 +60,11 @@ async fn answer(state: &Arc<AppState>, request: Request) -> Result<Response, Api
 
     // 2. The last moment at which a client's mistake is found. Template and tokenizer take their time.
     let deployment = request.extensions().get::<Deployment>().cloned();
+    let tenant = request.extensions().get().copied().unwrap_or_default();
     let body = read_body(request).await?;
     let door = Arc::clone(state);
-    let prepared = tokio::task::spawn_blocking(move || prepare_chat(&door, &body, deployment))
-        .await
-        .map_err(ApiError::internal)??;
+    let prepare = move || prepare_chat(&door, &body, deployment, tenant);
+    let prepared = tokio::task::spawn_blocking(prepare).await.map_err(ApiError::internal)??;
 
     // 3. The engine, which refuses when its queue is full.
     let choices = Choices::start(state, &prepared, in_flight)?;
@@ -103,6 +103,10 @@ async fn collect(mut choices: Choices, envelope: Envelope) -> Result<ChatComplet
             ChoiceEvent::Text(text) => {
                 let content = &mut answers[index].message.content;
                 content.get_or_insert_default().push_str(&text);
+            }
+            ChoiceEvent::Logprob(logprob) => {
+                let nothing = || Logprobs { content: Vec::new(), refusal: None };
+                answers[index].logprobs.get_or_insert_with(nothing).content.push(logprob);
             }
             ChoiceEvent::ToolCall(call) => {
                 let calls = &mut answers[index].message.tool_calls;

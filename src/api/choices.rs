@@ -13,11 +13,15 @@ use super::{
     error::ApiError,
     generation::{PreparedChat, random_u64},
     state::{InFlight, Phase},
-    types::chat::{FunctionCall, PromptTokensDetails, ToolCallObject, Usage},
+    types::chat::{
+        FunctionCall, PromptTokensDetails, RankedToken, TokenLogprob, ToolCallObject, Usage,
+    },
 };
-use crate::engine::{FinishReason, GenerationEvent, GenerationStream, GenerationUsage};
+use crate::engine::{
+    FinishReason, GenerationEvent, GenerationStream, GenerationUsage, TokenLogprobs,
+};
 use crate::telemetry::{self, RequestEnd, RequestSummary};
-use crate::text::{AnswerPiece, Detokenizer, StopMatcher, ToolCallParser};
+use crate::text::{AnswerPiece, Detokenizer, StopMatcher, Tokenizer, ToolCallParser};
 
 /// Pieces of text that may wait for a slow client before the choice waits for it.
 const PIECES_AHEAD: usize = 64;
@@ -27,10 +31,12 @@ const PIECES_AHEAD: usize = 64;
 pub(crate) enum ChoiceEvent {
     /// More text, never empty.
     Text(String),
+    /// How likely the next token was, where asked for; its text may follow later.
+    Logprob(TokenLogprob),
     /// A complete call of a tool.
     ToolCall(ToolCallObject),
     /// The last event of a choice that went well.
-    Finished { reason: &'static str, completion_tokens: usize },
+    Finished { reason: &'static str, completion_tokens: usize, cached_tokens: usize },
     /// The last event of the whole request.
     Failed,
 }
@@ -46,6 +52,8 @@ pub(crate) struct Choices {
     pub(crate) num_choices: usize,
     prompt_tokens: usize,
     completion_tokens: usize,
+    /// Of the choice that found least: the others found what that one computed.
+    cached_tokens: Option<usize>,
 }
 
 impl Choices {
@@ -66,6 +74,7 @@ impl Choices {
         for (index, stream) in streams.into_iter().enumerate() {
             let choice = Choice {
                 stream,
+                tokenizer: Arc::clone(&state.tokenizer),
                 detokenizer: Detokenizer::new(Arc::clone(&state.tokenizer), &prepared.prompt),
                 stops: StopMatcher::new(&prepared.request.stop),
                 calls: tool_call_parser(state, prepared),
@@ -84,6 +93,7 @@ impl Choices {
             num_choices,
             prompt_tokens: prepared.prompt.len(),
             completion_tokens: 0,
+            cached_tokens: None,
         })
     }
 
@@ -94,8 +104,10 @@ impl Choices {
             event = self.events.recv() => event?,
             _ = self.phase.wait_for(|phase| *phase == Phase::Aborting) => (0, ChoiceEvent::Failed),
         };
-        if let ChoiceEvent::Finished { completion_tokens, .. } = event.1 {
+        if let ChoiceEvent::Finished { completion_tokens, cached_tokens, .. } = event.1 {
             self.completion_tokens += completion_tokens;
+            let least = self.cached_tokens.map_or(cached_tokens, |least| least.min(cached_tokens));
+            self.cached_tokens = Some(least);
         }
         Some(event)
     }
@@ -114,7 +126,9 @@ impl Choices {
             prompt_tokens: self.prompt_tokens,
             completion_tokens: self.completion_tokens,
             total_tokens: self.prompt_tokens + self.completion_tokens,
-            prompt_tokens_details: PromptTokensDetails { cached_tokens: 0 },
+            prompt_tokens_details: PromptTokensDetails {
+                cached_tokens: self.cached_tokens.unwrap_or(0),
+            },
         }
     }
 }
@@ -127,6 +141,7 @@ fn tool_call_parser(state: &AppState, prepared: &PreparedChat) -> Option<ToolCal
 
 struct Choice {
     stream: GenerationStream,
+    tokenizer: Arc<Tokenizer>,
     detokenizer: Detokenizer,
     stops: StopMatcher,
     calls: Option<ToolCallParser>,
@@ -153,15 +168,17 @@ impl Choice {
     fn translate(&mut self, event: Option<GenerationEvent>) -> Vec<ChoiceEvent> {
         match event {
             Some(GenerationEvent::PromptScores(_)) => Vec::new(),
-            Some(GenerationEvent::Token { id }) => {
+            Some(GenerationEvent::Token { id, logprobs }) => {
                 self.record.token();
                 if self.eos.contains(&id) {
                     return Vec::new();
                 }
-                match self.detokenizer.push(id) {
+                let logprob = logprobs.map(|it| ChoiceEvent::Logprob(self.logprob(id, &it)));
+                let text = match self.detokenizer.push(id) {
                     Ok(piece) => self.show(&piece),
                     Err(error) => self.fail(&error.to_string()),
-                }
+                };
+                logprob.into_iter().chain(text).collect()
             }
             Some(GenerationEvent::Finished { reason, usage }) => match self.detokenizer.finish() {
                 Ok(piece) => self.finish(&piece, reason, &usage),
@@ -170,6 +187,15 @@ impl Choice {
             Some(GenerationEvent::Failed { message }) => self.fail(&message),
             None => self.fail("the engine stopped in the middle of a request"),
         }
+    }
+
+    fn logprob(&self, id: u32, logprobs: &TokenLogprobs) -> TokenLogprob {
+        let ranked = |&(id, logprob): &(u32, f32)| {
+            let bytes = self.tokenizer.token_bytes(id);
+            RankedToken { token: String::from_utf8_lossy(&bytes).into_owned(), logprob, bytes }
+        };
+        let top_logprobs = logprobs.top.iter().map(ranked).collect();
+        TokenLogprob { token: ranked(&(id, logprobs.logprob)), top_logprobs }
     }
 
     fn show(&mut self, piece: &str) -> Vec<ChoiceEvent> {
@@ -217,7 +243,8 @@ impl Choice {
         };
         self.record.end = end;
         let completion_tokens = self.record.completion_tokens;
-        events.push(ChoiceEvent::Finished { reason, completion_tokens });
+        let cached_tokens = self.stream.cached_tokens();
+        events.push(ChoiceEvent::Finished { reason, completion_tokens, cached_tokens });
         events
     }
 

@@ -7,15 +7,17 @@ use serde_json::{Map, Value, json};
 
 use super::{
     AppState,
+    auth::Tenant,
     azure_form::Deployment,
     body::{parse_json, unsupported_unless},
     error::ApiError,
     messages::{valid_message, valid_tools},
     resolve::resolve_model,
+    sampling,
     types::chat::{ChatCompletionRequest, Stop},
 };
 use crate::adapters::AdapterVersion;
-use crate::engine::{GenerationRequest, SamplingParams};
+use crate::engine::{GenerationRequest, RequestOptions, SamplingParams};
 
 const MAX_CHOICES: i64 = 8;
 const MAX_STOPS: usize = 4;
@@ -37,6 +39,10 @@ pub(crate) struct ChatRequest {
     /// `None`: the rest of the context.
     pub(crate) max_tokens: Option<usize>,
     pub(crate) stop: Vec<String>,
+    /// What the client wants to share cached prefixes by; `None`: its key.
+    pub(crate) cache_salt: Option<String>,
+    /// Log-probabilities are wanted, with those of so many most likely tokens.
+    pub(crate) logprobs: Option<usize>,
 }
 
 /// A chat request that the engine can run.
@@ -46,6 +52,8 @@ pub(crate) struct PreparedChat {
     pub(crate) adapter: Option<Arc<AdapterVersion>>,
     pub(crate) prompt: Vec<u32>,
     pub(crate) max_tokens: usize,
+    /// Requests of equal salt share cached prefixes.
+    cache_salt: Vec<u8>,
 }
 
 impl PreparedChat {
@@ -60,6 +68,10 @@ impl PreparedChat {
             max_tokens: self.max_tokens,
             stop_token_ids: eos.to_vec(),
             score_prompt: false,
+            options: RequestOptions {
+                cache_salt: self.cache_salt.clone(),
+                logprobs: self.request.logprobs,
+            },
         }
     }
 }
@@ -70,6 +82,7 @@ pub(crate) fn prepare_chat(
     state: &AppState,
     body: &[u8],
     deployment: Option<Deployment>,
+    tenant: Tenant,
 ) -> Result<PreparedChat, ApiError> {
     let mut wire: ChatCompletionRequest = parse_json(body)?;
     wire.model = deployment.map(|Deployment(name)| name).or(wire.model);
@@ -89,6 +102,11 @@ pub(crate) fn prepare_chat(
             "the prompt has {bytes} bytes, far more than the context of {context} tokens holds"
         )));
     }
+    let unknown = request.sampling.logit_bias.iter().map(|(id, _)| *id);
+    if let Some(id) = unknown.max().filter(|id| *id as usize >= state.engine.vocab_size()) {
+        let message = format!("`logit_bias` names token {id}, which the model does not have");
+        return Err(ApiError::invalid("logit_bias", message));
+    }
     let prompt = state.tokenizer.encode(&text, false)?;
     let room = context.saturating_sub(prompt.len());
     let max_tokens = request.max_tokens.unwrap_or(room);
@@ -100,21 +118,31 @@ pub(crate) fn prepare_chat(
             max_tokens.max(1)
         )));
     }
-    Ok(PreparedChat { request, adapter, prompt, max_tokens })
+    let cache_salt = cache_salt(request.cache_salt.as_deref(), tenant);
+    Ok(PreparedChat { request, adapter, prompt, max_tokens, cache_salt })
+}
+
+/// A salt of the client's own choice, or else its key. The two never coincide.
+fn cache_salt(chosen: Option<&str>, tenant: Tenant) -> Vec<u8> {
+    match (chosen, tenant.0) {
+        (Some(salt), _) => [b"salt", salt.as_bytes()].concat(),
+        (None, Some(key)) => [b"key", &key[..]].concat(),
+        (None, None) => Vec::new(),
+    }
 }
 
 /// Checks every field.
 ///
 /// # Errors
 /// 400 naming the first field that is missing, out of range or not supported.
-pub(crate) fn validate(wire: ChatCompletionRequest) -> Result<ChatRequest, ApiError> {
+pub(crate) fn validate(mut wire: ChatCompletionRequest) -> Result<ChatRequest, ApiError> {
     refuse_unsupported(&wire)?;
-    let model = wire.model.filter(|model| !model.is_empty());
+    let model = wire.model.take().filter(|model| !model.is_empty());
     let model = model.ok_or_else(|| ApiError::invalid("model", "`model` is required"))?;
-    let messages = wire
-        .messages
-        .filter(|messages| !messages.is_empty())
-        .ok_or_else(|| ApiError::invalid("messages", "`messages` is required, with one or more"))?;
+    let messages =
+        wire.messages.take().filter(|messages| !messages.is_empty()).ok_or_else(|| {
+            ApiError::invalid("messages", "`messages` is required, with one or more")
+        })?;
     let messages = messages
         .into_iter()
         .enumerate()
@@ -127,22 +155,12 @@ pub(crate) fn validate(wire: ChatCompletionRequest) -> Result<ChatRequest, ApiEr
     };
     let max_tokens = limit.map(|n| in_range(limit_name, n, 1, i64::MAX)).transpose()?;
     let seed = wire.seed.map_or_else(random_u64, |seed| u64::from_ne_bytes(seed.to_ne_bytes()));
-    let top_p = within("top_p", wire.top_p.unwrap_or(1.0), 0.0, 1.0)?;
-    if top_p == 0.0 {
-        return Err(ApiError::invalid("top_p", "`top_p` must be greater than 0"));
-    }
-    let sampling = SamplingParams {
-        temperature: within("temperature", wire.temperature.unwrap_or(1.0), 0.0, 2.0)?,
-        top_p,
-        // -1 is the other customary way to say "off".
-        top_k: in_range("top_k", wire.top_k.unwrap_or(0), -1, i64::from(u32::MAX))?.max(0) as usize,
-        min_p: within("min_p", wire.min_p.unwrap_or(0.0), 0.0, 1.0)?,
-        seed,
-    };
+    let sampling = sampling::valid_sampling(&wire, seed)?;
     let options = wire.stream_options.unwrap_or_default();
     Ok(ChatRequest {
         model,
         messages,
+        logprobs: sampling::valid_logprobs(wire.logprobs, wire.top_logprobs)?,
         tools: valid_tools(wire.tools, wire.tool_choice.as_ref())?,
         stream: wire.stream.unwrap_or(false),
         include_usage: options.include_usage.unwrap_or(false),
@@ -150,6 +168,7 @@ pub(crate) fn validate(wire: ChatCompletionRequest) -> Result<ChatRequest, ApiEr
         sampling,
         max_tokens: max_tokens.map(|n| n as usize),
         stop: valid_stops(wire.stop)?,
+        cache_salt: valid_salt(wire.cache_salt)?,
     })
 }
 
@@ -160,13 +179,7 @@ pub(crate) fn random_u64() -> u64 {
 }
 
 fn refuse_unsupported(wire: &ChatCompletionRequest) -> Result<(), ApiError> {
-    let zero = [json!(0), json!(0.0)];
     let text = [json!({"type": "text"})];
-    unsupported_unless("logprobs", wire.logprobs.as_ref(), &[json!(false)])?;
-    unsupported_unless("top_logprobs", wire.top_logprobs.as_ref(), &zero)?;
-    unsupported_unless("logit_bias", wire.logit_bias.as_ref(), &[json!({})])?;
-    unsupported_unless("presence_penalty", wire.presence_penalty.as_ref(), &zero)?;
-    unsupported_unless("frequency_penalty", wire.frequency_penalty.as_ref(), &zero)?;
     unsupported_unless("response_format", wire.response_format.as_ref(), &text)?;
     unsupported_unless("functions", wire.functions.as_ref(), &[])
 }
@@ -188,7 +201,14 @@ fn valid_stops(stop: Option<Stop>) -> Result<Vec<String>, ApiError> {
     Ok(stops)
 }
 
-fn in_range(param: &str, value: i64, min: i64, max: i64) -> Result<i64, ApiError> {
+fn valid_salt(salt: Option<String>) -> Result<Option<String>, ApiError> {
+    if salt.as_ref().is_some_and(String::is_empty) {
+        return Err(ApiError::invalid("cache_salt", "`cache_salt` must not be empty"));
+    }
+    Ok(salt)
+}
+
+pub(super) fn in_range(param: &str, value: i64, min: i64, max: i64) -> Result<i64, ApiError> {
     if (min..=max).contains(&value) {
         return Ok(value);
     }
@@ -196,7 +216,7 @@ fn in_range(param: &str, value: i64, min: i64, max: i64) -> Result<i64, ApiError
     Err(ApiError::invalid(param, format!("`{param}` must be {range}, not {value}")))
 }
 
-fn within(param: &str, value: f64, min: f64, max: f64) -> Result<f32, ApiError> {
+pub(super) fn within(param: &str, value: f64, min: f64, max: f64) -> Result<f32, ApiError> {
     if (min..=max).contains(&value) {
         return Ok(value as f32);
     }
@@ -252,14 +272,20 @@ mod tests {
             (json!({"stop": ["a", "b", "c", "d", "e"]}), "stop"),
             (json!({"stop": [""]}), "stop"),
             (json!({"stop": 3}), "stop"),
+            (json!({"cache_salt": ""}), "cache_salt"),
+            (json!({"cache_salt": 5}), "cache_salt"),
             (json!({"stream": "yes"}), "stream"),
             (json!({"stream_options": true}), "stream_options"),
             (json!({"tools": [{"type": "function"}]}), "tools[0]"),
             (json!({"tool_choice": "required"}), "tool_choice"),
-            (json!({"logprobs": true}), "logprobs"),
+            (json!({"logprobs": 1}), "logprobs"),
             (json!({"top_logprobs": 3}), "top_logprobs"),
-            (json!({"logit_bias": {"5": 1}}), "logit_bias"),
-            (json!({"presence_penalty": 0.5}), "presence_penalty"),
+            (json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs"),
+            (json!({"logit_bias": {"five": 1}}), "logit_bias"),
+            (json!({"logit_bias": {"5": 101}}), "logit_bias"),
+            (json!({"presence_penalty": 2.5}), "presence_penalty"),
+            (json!({"frequency_penalty": -2.5}), "frequency_penalty"),
+            (json!({"repetition_penalty": 0}), "repetition_penalty"),
             (json!({"response_format": {"type": "json_object"}}), "response_format"),
         ] {
             match check(&changes) {

@@ -61,6 +61,8 @@ fn figures(state: &AppState) -> (EngineFigures, AdapterFigures) {
         prompt_tokens: stats.prompt_tokens(),
         generation_tokens: stats.generation_tokens(),
         preemptions: stats.preemptions(),
+        prefix_queries: stats.prefix_queries(),
+        prefix_hits: stats.prefix_hits(),
     };
     let in_flight = stats.adapters();
     let loaded = state.registry.list();

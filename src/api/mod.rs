@@ -32,6 +32,7 @@ mod models;
 mod multipart;
 mod query;
 mod resolve;
+mod sampling;
 mod sse;
 mod state;
 mod types;

@@ -14,7 +14,7 @@ use super::{
     chat::Envelope,
     choices::{ChoiceEvent, Choices},
     error::ApiError,
-    types::chat::{ChatCompletionChunk, ChunkChoice, Delta, Usage},
+    types::chat::{ChatCompletionChunk, ChunkChoice, Delta, Logprobs, TokenLogprob, Usage},
 };
 
 /// A comment is sent after this long without an event, so that proxies keep the connection.
@@ -23,8 +23,9 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// Streams `choices` to their end. A failure on the way becomes an error event: whatever was begun
 /// ends with `[DONE]`.
 pub(crate) fn stream_chat(choices: Choices, envelope: Envelope, include_usage: bool) -> Response {
-    let mut chat =
-        ChatStream { choices, envelope, include_usage, ready: VecDeque::new(), ended: false };
+    let logprobs = vec![Vec::new(); choices.num_choices];
+    let ready = VecDeque::new();
+    let mut chat = ChatStream { choices, envelope, include_usage, logprobs, ready, ended: false };
     for index in 0..chat.choices.num_choices {
         let delta =
             Delta { role: Some("assistant"), content: Some(String::new()), ..Delta::default() };
@@ -42,6 +43,8 @@ struct ChatStream {
     choices: Choices,
     envelope: Envelope,
     include_usage: bool,
+    /// Of each choice, those of tokens whose text has not come yet.
+    logprobs: Vec<Vec<TokenLogprob>>,
     /// Events that are made but not sent.
     ready: VecDeque<String>,
     ended: bool,
@@ -55,6 +58,9 @@ impl ChatStream {
                 Some((index, ChoiceEvent::Text(text))) => {
                     let delta = Delta { content: Some(text), ..Delta::default() };
                     self.push_choice(index, delta, None);
+                }
+                Some((index, ChoiceEvent::Logprob(logprob))) => {
+                    self.logprobs[index].push(logprob);
                 }
                 Some((index, ChoiceEvent::ToolCall(call))) => {
                     let delta = Delta { tool_calls: vec![call], ..Delta::default() };
@@ -86,7 +92,9 @@ impl ChatStream {
     }
 
     fn push_choice(&mut self, index: usize, delta: Delta, finish_reason: Option<&'static str>) {
-        let choice = ChunkChoice { index, delta, logprobs: None, finish_reason };
+        let content = std::mem::take(&mut self.logprobs[index]);
+        let logprobs = (!content.is_empty()).then_some(Logprobs { content, refusal: None });
+        let choice = ChunkChoice { index, delta, logprobs, finish_reason };
         self.push_chunk(vec![choice], self.include_usage.then_some(None));
     }
 

@@ -15,7 +15,7 @@ use super::common::load_model;
 use crate::adapters::{AdapterRegistry, AdapterVersion};
 use crate::engine::{
     self, EngineConfig, EngineError, EngineHandle, GenerationEvent, GenerationRequest,
-    GenerationStream, SamplingParams,
+    GenerationStream, RequestOptions, SamplingParams,
 };
 use crate::model::WeightMode;
 use crate::text::{ChatTemplate, Detokenizer, Tokenizer};
@@ -170,7 +170,7 @@ impl Conversation {
         };
         while let Some(event) = stream.blocking_next() {
             match event {
-                GenerationEvent::Token { id } => show(detokenizer.push(id)?)?,
+                GenerationEvent::Token { id, .. } => show(detokenizer.push(id)?)?,
                 GenerationEvent::Finished { .. } => show(detokenizer.finish()?)?,
                 GenerationEvent::Failed { message } => bail!(message),
                 GenerationEvent::PromptScores(_) => {}
@@ -191,13 +191,8 @@ impl Conversation {
         }
         // Another seed each time, or a question asked twice would get one answer.
         let seed = self.messages.len() as u64 ^ u64::from(std::process::id()) << 16;
-        let sampling = SamplingParams {
-            temperature: self.temperature,
-            top_p: 1.0,
-            top_k: 0,
-            min_p: 0.0,
-            seed,
-        };
+        let temperature = self.temperature;
+        let sampling = SamplingParams { temperature, seed, ..SamplingParams::greedy() };
         Ok(self.engine.generate(GenerationRequest {
             prompt,
             adapter: self.adapter.clone(),
@@ -205,6 +200,7 @@ impl Conversation {
             max_tokens: self.max_tokens.min(room),
             stop_token_ids: self.stop_token_ids.clone(),
             score_prompt: false,
+            options: RequestOptions::default(),
         })?)
     }
 }

@@ -201,6 +201,7 @@ fn engine_config(args: &ServeArgs, model: &ModelConfig) -> anyhow::Result<Engine
     }
     config.max_queue = args.max_queue.unwrap_or(config.max_queue);
     config.max_batch_tokens = args.max_batch_tokens.unwrap_or(config.max_batch_tokens);
+    config.prefix_cache = args.prefix_cache.unwrap_or(config.prefix_cache);
     Ok(config)
 }
 

@@ -17,6 +17,8 @@ pub struct EngineConfig {
     pub block_size: usize,
     /// Blocks of the cache.
     pub num_blocks: usize,
+    /// Whether requests share what they have in common at their beginning.
+    pub prefix_cache: bool,
 }
 
 impl EngineConfig {
@@ -44,6 +46,7 @@ impl EngineConfig {
             max_batch_tokens: Self::DEFAULT_MAX_BATCH_TOKENS,
             block_size,
             num_blocks,
+            prefix_cache: true,
         }
     }
 

@@ -20,7 +20,7 @@ use super::{
     request::{Ending, Farewell, Request, Submission},
     sampler::BadLogits,
     scheduler::Scheduler,
-    score::score_token,
+    score::{score_token, token_logprobs},
     sequence::Sequence,
 };
 use crate::model::{Decoder, KvCache, ModelError, Step};
@@ -54,6 +54,7 @@ pub(super) struct Engine<M> {
     model: M,
     scheduler: Scheduler<Request>,
     submissions: mpsc::Receiver<Submission>,
+    counts_prefixes: bool,
     stats: Arc<EngineStats>,
 }
 
@@ -64,7 +65,8 @@ impl<M: StepModel> Engine<M> {
         submissions: mpsc::Receiver<Submission>,
         stats: Arc<EngineStats>,
     ) -> Self {
-        Self { model, scheduler: Scheduler::new(config), submissions, stats }
+        let scheduler = Scheduler::new(config);
+        Self { model, scheduler, submissions, counts_prefixes: config.prefix_cache, stats }
     }
 
     /// Runs until no handle is left and every request has ended, or until a step panics.
@@ -117,7 +119,13 @@ impl<M: StepModel> Engine<M> {
             if sequence.request.started.is_none() {
                 sequence.request.started = Some(now);
                 let num_tokens = sequence.num_prompt_tokens() as u64;
+                let num_cached_tokens = sequence.num_cached_tokens();
+                sequence.request.cached_tokens.store(num_cached_tokens, Relaxed);
                 self.stats.prompt_tokens.fetch_add(num_tokens, Relaxed);
+                if self.counts_prefixes {
+                    self.stats.prefix_queries.fetch_add(num_tokens, Relaxed);
+                    self.stats.prefix_hits.fetch_add(num_cached_tokens as u64, Relaxed);
+                }
             }
         }
         // 2. One forward pass.
@@ -225,9 +233,10 @@ fn advance(
         return Ok(is_done.then_some(FinishReason::Length));
     };
     let id = sequence.request.sampler.sample(row)?;
+    let logprobs = sequence.request.logprobs.and_then(|top| token_logprobs(row, id, top));
     sequence.push(id);
     sequence.request.first_token.get_or_insert_with(Instant::now);
-    sequence.request.send(GenerationEvent::Token { id });
+    sequence.request.send(GenerationEvent::Token { id, logprobs: logprobs.map(Box::new) });
     if sequence.request.stop_token_ids.contains(&id) {
         return Ok(Some(FinishReason::Stop));
     }

@@ -17,6 +17,7 @@ use tokio::sync::mpsc as events;
 use super::{
     EngineConfig, EngineError, EngineStats, GenerationEvent, GenerationRequest,
     engine::{CachedDecoder, Engine, StepModel},
+    prefix::BlockKey,
     request::{Slot, Submission},
 };
 use crate::model::{Decoder, KvCache};
@@ -34,11 +35,13 @@ struct Door {
     stats: Arc<EngineStats>,
     config: EngineConfig,
     vocab_size: usize,
+    base_fingerprint: String,
 }
 
 /// Events of one request; dropping it cancels the request.
 pub struct GenerationStream {
     events: events::Receiver<GenerationEvent>,
+    cached_tokens: Arc<AtomicUsize>,
     has_ended: bool,
 }
 
@@ -47,7 +50,9 @@ pub struct GenerationStream {
 /// ```
 /// use std::{path::Path, sync::Arc};
 /// use tunesmith::{
-///     engine::{EngineConfig, GenerationEvent, GenerationRequest, SamplingParams, spawn},
+///     engine::{
+///         EngineConfig, GenerationEvent, GenerationRequest, RequestOptions, SamplingParams, spawn,
+///     },
 ///     model::{Decoder, WeightMode},
 /// };
 ///
@@ -62,11 +67,12 @@ pub struct GenerationStream {
 ///     max_tokens: 5,
 ///     stop_token_ids: vec![],
 ///     score_prompt: false,
+///     options: RequestOptions::default(),
 /// })?;
 /// let mut tokens = Vec::new();
 /// while let Some(event) = stream.blocking_next() {
 ///     match event {
-///         GenerationEvent::Token { id } => tokens.push(id),
+///         GenerationEvent::Token { id, .. } => tokens.push(id),
 ///         GenerationEvent::Failed { message } => return Err(message.into()),
 ///         GenerationEvent::PromptScores(_) | GenerationEvent::Finished { .. } => {}
 ///     }
@@ -83,13 +89,17 @@ pub fn spawn(decoder: Arc<Decoder>, mut config: EngineConfig) -> Result<EngineHa
     let vocab_size = decoder.config().vocab_size;
     let cache = KvCache::new(decoder.config(), config.num_blocks, config.block_size)
         .map_err(|error| EngineError::Start(error.to_string()))?;
-    start(CachedDecoder { decoder, cache }, vocab_size, config)
+    // Hashing the weights takes a moment, so only where the hash is of use.
+    let fingerprint =
+        if config.prefix_cache { decoder.fingerprint().to_owned() } else { String::new() };
+    start(CachedDecoder { decoder, cache }, vocab_size, fingerprint, config)
 }
 
 /// Starts the engine thread over any model.
 pub(super) fn start(
     model: impl StepModel,
     vocab_size: usize,
+    base_fingerprint: String,
     config: EngineConfig,
 ) -> Result<EngineHandle, EngineError> {
     let (sender, receiver) = mpsc::channel();
@@ -102,6 +112,7 @@ pub(super) fn start(
         stats: Arc::clone(&stats),
         config: config.clone(),
         vocab_size,
+        base_fingerprint,
     };
     // Built on its own thread: the block tables share their free list without a lock.
     let run = move || Engine::new(model, &config, receiver, stats).run();
@@ -129,9 +140,18 @@ impl EngineHandle {
         let limit = self.0.config.max_queue;
         let slot = Slot::take(&self.0.taken, self.0.config.max_num_seqs.saturating_add(limit))
             .ok_or(EngineError::QueueFull { limit })?;
-        let (submission, events) = Submission::new(request, slot);
+        let root = self.prefix_root(&request);
+        let (submission, events) = Submission::new(request, root, slot);
+        let cached_tokens = Arc::clone(&submission.request.cached_tokens);
         self.0.submissions.send(submission).map_err(|_| EngineError::Stopped)?;
-        Ok(GenerationStream { events, has_ended: false })
+        Ok(GenerationStream { events, cached_tokens, has_ended: false })
+    }
+
+    /// What this request's cached blocks depend on besides its tokens.
+    fn prefix_root(&self, request: &GenerationRequest) -> Option<BlockKey> {
+        let digest = request.adapter.as_ref().map(|version| version.adapter.digest());
+        let root = BlockKey::root(&self.0.base_fingerprint, digest, &request.options.cache_salt);
+        self.0.config.prefix_cache.then_some(root)
     }
 
     /// Live figures.
@@ -142,6 +162,11 @@ impl EngineHandle {
     /// The limits in force.
     pub fn config(&self) -> &EngineConfig {
         &self.0.config
+    }
+
+    /// Token ids that the model knows: those below.
+    pub fn vocab_size(&self) -> usize {
+        self.0.vocab_size
     }
 
     /// False after a panic in a step.
@@ -178,6 +203,11 @@ impl EngineHandle {
 }
 
 impl GenerationStream {
+    /// Prompt tokens that were not computed because the cache held them; 0 until the first token.
+    pub fn cached_tokens(&self) -> usize {
+        self.cached_tokens.load(Relaxed)
+    }
+
     /// The next event; `None` after `Finished` or `Failed`.
     pub async fn next(&mut self) -> Option<GenerationEvent> {
         if self.has_ended {

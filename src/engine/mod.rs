@@ -18,6 +18,8 @@ mod config;
 #[allow(clippy::module_inception)] // The loop; the floor is named after it.
 mod engine;
 mod handle;
+mod penalties;
+mod prefix;
 mod request;
 mod sampler;
 mod scheduler;
@@ -29,7 +31,7 @@ pub use self::{
     config::EngineConfig,
     handle::{EngineHandle, GenerationStream, spawn},
     sampler::SamplingParams,
-    score::TokenScore,
+    score::{TokenLogprobs, TokenScore},
     stats::{AdapterNames, EngineStats},
 };
 
@@ -84,8 +86,20 @@ pub struct GenerationRequest {
     pub max_tokens: usize,
     /// Generation ends after one of these (it is emitted as a token event too).
     pub stop_token_ids: Vec<u32>,
-    /// Also send the log-probability of every prompt token but the first (teacher forcing).
+    /// Also send the log-probability of every prompt token but the first (teacher forcing). Such a prompt
+    /// neither uses the prefix cache nor fills it.
     pub score_prompt: bool,
+    /// What few requests ask for.
+    pub options: RequestOptions,
+}
+
+/// What few requests ask for; the default is nothing.
+#[derive(Debug, Clone, Default)]
+pub struct RequestOptions {
+    /// Only requests of equal salt share cached prefixes.
+    pub cache_salt: Vec<u8>,
+    /// With each token, its log-probability and those of so many most likely ones.
+    pub logprobs: Option<usize>,
 }
 
 /// What the engine tells about a request. The last event is always `Finished` or `Failed`.
@@ -97,6 +111,8 @@ pub enum GenerationEvent {
     Token {
         /// Its id; may be a stop token.
         id: u32,
+        /// How likely it was, where asked for.
+        logprobs: Option<Box<TokenLogprobs>>,
     },
     /// The request is done.
     Finished {

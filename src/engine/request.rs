@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 
 use super::{
     FinishReason, GenerationEvent, GenerationRequest, GenerationUsage,
+    prefix::BlockKey,
     sampler::Sampler,
     sequence::{Sequence, SequenceParams},
 };
@@ -51,10 +52,14 @@ pub(super) struct Request {
     /// Pinned: the version outlives its name.
     pub(super) adapter: Option<Arc<AdapterVersion>>,
     pub(super) sampler: Sampler,
+    /// Most likely tokens to tell with each token.
+    pub(super) logprobs: Option<usize>,
     pub(super) stop_token_ids: Vec<u32>,
     /// Set by the step that ends it.
     pub(super) ending: Option<Ending>,
     pub(super) started: Option<Instant>,
+    /// Prompt tokens that came from the cache, known once it is started.
+    pub(super) cached_tokens: Arc<AtomicUsize>,
     pub(super) first_token: Option<Instant>,
     submitted: Instant,
     events: mpsc::Sender<GenerationEvent>,
@@ -71,6 +76,7 @@ impl Submission {
     /// The request, and where its events will arrive.
     pub(super) fn new(
         request: GenerationRequest,
+        root: Option<BlockKey>,
         slot: Slot,
     ) -> (Self, mpsc::Receiver<GenerationEvent>) {
         // All tokens, the scores and the end: sending never has to wait.
@@ -78,18 +84,22 @@ impl Submission {
         // The version, not its name: a replaced adapter may still have running sequences.
         let adapter_key =
             request.adapter.as_ref().map_or(0, |version| Arc::as_ptr(version) as usize);
+        let sampler = Sampler::new(request.sampling, &request.prompt);
         let params = SequenceParams {
             prompt: request.prompt,
             max_tokens: request.max_tokens,
             score_prompt: request.score_prompt,
             adapter_key,
+            root,
         };
         let request = Request {
             adapter: request.adapter,
-            sampler: Sampler::new(request.sampling),
+            sampler,
+            logprobs: request.options.logprobs,
             stop_token_ids: request.stop_token_ids,
             ending: None,
             started: None,
+            cached_tokens: Arc::default(),
             first_token: None,
             submitted: Instant::now(),
             events,

@@ -6,10 +6,12 @@
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::score::arg_max;
+use super::{penalties::Penalties, score::arg_max};
 
 /// Below this temperature the choice is greedy: the division would only produce infinities.
 const MIN_TEMPERATURE: f32 = 1e-5;
+/// Logarithm of the least weight that f32 can tell from 0.
+const LEAST_LOG_WEIGHT: f32 = -103.0;
 /// Size of the first guess at the nucleus (`top_p`); it grows fourfold until it is large enough.
 const FIRST_NUCLEUS: usize = 64;
 
@@ -24,6 +26,14 @@ pub struct SamplingParams {
     pub top_k: usize,
     /// Tokens at least this fraction as likely as the most likely one; 0 = off.
     pub min_p: f32,
+    /// Taken from the logit of every token that the answer has; 0 = off.
+    pub presence_penalty: f32,
+    /// Taken from the logit of a token each time that the answer has it; 0 = off.
+    pub frequency_penalty: f32,
+    /// Divides positive logits of tokens of prompt and answer, multiplies negative ones; 1 = off.
+    pub repetition_penalty: f32,
+    /// Added to the logits of these tokens.
+    pub logit_bias: Vec<(u32, f32)>,
     /// Equal seeds draw equal tokens from equal logits.
     pub seed: u64,
 }
@@ -31,7 +41,17 @@ pub struct SamplingParams {
 impl SamplingParams {
     /// Always the most likely token.
     pub fn greedy() -> Self {
-        Self { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 0 }
+        Self {
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            repetition_penalty: 1.0,
+            logit_bias: Vec::new(),
+            seed: 0,
+        }
     }
 }
 
@@ -44,44 +64,68 @@ pub(super) struct BadLogits;
 #[derive(Debug)]
 pub(super) struct Sampler {
     params: SamplingParams,
+    penalties: Option<Penalties>,
     rng: ChaCha8Rng,
+    /// Kept for its memory.
+    candidates: Vec<Candidate>,
 }
 
-/// A token that may still be drawn, and its weight (probability up to a factor).
+/// A token that may still be drawn.
 #[derive(Debug, Clone, Copy)]
 struct Candidate {
+    /// Its logit at first; then its probability up to a factor.
     weight: f32,
     id: u32,
 }
 
 impl Sampler {
-    pub(super) fn new(params: SamplingParams) -> Self {
+    pub(super) fn new(params: SamplingParams, prompt: &[u32]) -> Self {
         let rng = ChaCha8Rng::seed_from_u64(params.seed);
-        Self { params, rng }
+        let penalties = Penalties::new(&params, prompt);
+        Self { params, penalties, rng, candidates: Vec::new() }
     }
 
-    /// The next token given `logits` (`[vocab]`). Temperature, then `min_p`, then `top_k`, then `top_p`
-    /// over what is left, as vLLM does it.
+    /// The next token given `logits` (`[vocab]`). Bias and penalties, then temperature, then `min_p`, then
+    /// `top_k`, then `top_p` over what is left, as vLLM does it.
     pub(super) fn sample(&mut self, logits: &[f32]) -> Result<u32, BadLogits> {
+        let Some(mut penalties) = self.penalties.take() else { return self.choose(logits) };
+        let chosen = self.choose(penalties.apply(logits));
+        if let Ok(id) = chosen {
+            penalties.count(id);
+        }
+        self.penalties = Some(penalties);
+        chosen
+    }
+
+    fn choose(&mut self, logits: &[f32]) -> Result<u32, BadLogits> {
         let best = arg_max(logits).ok_or(BadLogits)?;
         if self.params.temperature < MIN_TEMPERATURE {
             return Ok(best as u32);
         }
-        let mut candidates = self.weigh(logits, logits[best]);
-        keep_top_k(&mut candidates, self.params.top_k);
+        let mut candidates = std::mem::take(&mut self.candidates);
+        self.weigh(logits, logits[best], &mut candidates);
         keep_top_p(&mut candidates, self.params.top_p);
-        Ok(self.draw(&candidates))
+        let id = self.draw(&candidates);
+        self.candidates = candidates;
+        Ok(id)
     }
 
-    /// Weights relative to the most likely token, whose weight is 1. So `min_p` is a plain threshold.
-    fn weigh(&self, logits: &[f32], max: f32) -> Vec<Candidate> {
-        let inverse = 1.0 / self.params.temperature;
-        let threshold = self.params.min_p.min(1.0);
-        let weigh = |(id, &logit): (usize, &f32)| {
-            let weight = ((logit - max) * inverse).exp();
-            (weight > 0.0 && weight >= threshold).then_some(Candidate { weight, id: id as u32 })
-        };
-        logits.iter().enumerate().filter_map(weigh).collect()
+    /// The tokens that `min_p` and `top_k` leave, with weights relative to the most likely one, whose
+    /// weight is 1. Both filters compare logits, so that only what they leave is exponentiated.
+    fn weigh(&self, logits: &[f32], max: f32, candidates: &mut Vec<Candidate>) {
+        let SamplingParams { temperature, top_k, min_p, .. } = self.params;
+        let least = min_p.min(1.0).ln().max(LEAST_LOG_WEIGHT);
+        let floor = max + temperature * least;
+        let tokens = logits.iter().zip(0..).filter(|(logit, _)| **logit >= floor);
+        candidates.clear();
+        candidates.extend(tokens.map(|(&weight, id)| Candidate { weight, id }));
+        if top_k > 0 && top_k < candidates.len() {
+            candidates.select_nth_unstable_by(top_k - 1, by_weight);
+            candidates.truncate(top_k);
+        }
+        for candidate in candidates {
+            candidate.weight = ((candidate.weight - max) / temperature).exp();
+        }
     }
 
     fn draw(&mut self, candidates: &[Candidate]) -> u32 {
@@ -101,13 +145,6 @@ impl Sampler {
 /// Heavier first, then by id, so that the order is total and no sort has to be stable.
 fn by_weight(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
     b.weight.total_cmp(&a.weight).then(a.id.cmp(&b.id))
-}
-
-fn keep_top_k(candidates: &mut Vec<Candidate>, top_k: usize) {
-    if top_k > 0 && top_k < candidates.len() {
-        candidates.select_nth_unstable_by(top_k - 1, by_weight);
-        candidates.truncate(top_k);
-    }
 }
 
 /// Keeps the shortest prefix, in order of weight, that reaches `top_p` of the whole; at least one.
@@ -143,7 +180,7 @@ mod tests {
     use super::*;
 
     fn params() -> SamplingParams {
-        SamplingParams { temperature: 1.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 7 }
+        SamplingParams { temperature: 1.0, seed: 7, ..SamplingParams::greedy() }
     }
 
     /// Logits of these probabilities.
@@ -152,7 +189,7 @@ mod tests {
     }
 
     fn counts(params: SamplingParams, logits: &[f32], draws: usize) -> Vec<usize> {
-        let mut sampler = Sampler::new(params);
+        let mut sampler = Sampler::new(params, &[]);
         let mut counts = vec![0; logits.len()];
         for _ in 0..draws {
             counts[sampler.sample(logits).unwrap() as usize] += 1;
@@ -183,14 +220,14 @@ mod tests {
     #[test]
     fn temperature_zero_takes_the_arg_max() {
         let greedy = SamplingParams::greedy();
-        assert_eq!(Sampler::new(greedy.clone()).sample(&[0.0, 2.0, 2.0, 1.0]), Ok(1));
-        assert_eq!(Sampler::new(greedy).sample(&[0.0, f32::NAN]), Err(BadLogits));
+        assert_eq!(Sampler::new(greedy.clone(), &[]).sample(&[0.0, 2.0, 2.0, 1.0]), Ok(1));
+        assert_eq!(Sampler::new(greedy, &[]).sample(&[0.0, f32::NAN]), Err(BadLogits));
     }
 
     #[test]
     fn a_nan_is_an_error_at_any_temperature() {
-        assert_eq!(Sampler::new(params()).sample(&[f32::NAN, 0.0]), Err(BadLogits));
-        assert_eq!(Sampler::new(params()).sample(&[f32::NEG_INFINITY; 3]), Err(BadLogits));
+        assert_eq!(Sampler::new(params(), &[]).sample(&[f32::NAN, 0.0]), Err(BadLogits));
+        assert_eq!(Sampler::new(params(), &[]).sample(&[f32::NEG_INFINITY; 3]), Err(BadLogits));
     }
 
     #[test]
@@ -252,10 +289,18 @@ mod tests {
     }
 
     #[test]
+    fn a_presence_penalty_makes_greedy_choices_move_on() {
+        let params = SamplingParams { presence_penalty: 1.5, ..SamplingParams::greedy() };
+        let mut sampler = Sampler::new(params, &[]);
+        let chosen: Vec<u32> = (0..4).map(|_| sampler.sample(&[0.0, 2.0, 1.0]).unwrap()).collect();
+        assert_eq!(chosen, [1, 2, 1, 1]);
+    }
+
+    #[test]
     fn equal_seeds_draw_equal_tokens() {
         let row = logits(&[0.01; 100]);
         let draw = |seed| {
-            let mut sampler = Sampler::new(SamplingParams { seed, ..params() });
+            let mut sampler = Sampler::new(SamplingParams { seed, ..params() }, &[]);
             (0..20).map(|_| sampler.sample(&row).unwrap()).collect::<Vec<_>>()
         };
         assert_eq!(draw(1), draw(1));

@@ -6,6 +6,9 @@
 //! A decoding sequence that finds no free block takes those of the youngest one, which goes back to
 //! the head of the queue, keeps its tokens and runs them again later.
 //!
+//! What the cache already holds of a prompt is not computed again: it is taken over at admission, and in
+//! later steps as older sequences with the same beginning get on with it.
+//!
 //! Nobody starves: the oldest running sequence is never preempted and gets a token in every step, so it
 //! ends, and everybody becomes the oldest in time.
 //!
@@ -117,21 +120,24 @@ impl<R> Scheduler<R> {
             && (wanted < budget || (budget > 0 && prefill.len() < MAX_SHARED_PREFILLS))
         {
             let Some(mut sequence) = self.waiting.pop_front() else { return };
+            sequence.adopt_cached_blocks();
             let num_tokens = sequence.tokens().len();
             if !sequence.block_table.reserve(num_tokens) {
+                sequence.reset_cache();
                 self.waiting.push_front(sequence);
                 return;
             }
-            prefill.push(num_tokens);
-            wanted += num_tokens;
+            prefill.push(sequence.num_remaining_tokens());
+            wanted += sequence.num_remaining_tokens();
             self.running.push(sequence);
         }
     }
 
-    fn plan_prefills(&self, mut budget: usize, plan: &mut Vec<Scheduled>) {
+    fn plan_prefills(&mut self, mut budget: usize, plan: &mut Vec<Scheduled>) {
         // Up to here the plan is in ascending order.
         let is_free = |index: &usize| plan.binary_search_by_key(index, |part| part.index).is_err();
-        let prompts: Vec<usize> = (0..self.running.len()).filter(is_free).collect();
+        let mut prompts: Vec<usize> = (0..self.running.len()).filter(is_free).collect();
+        prompts.retain(|&index| self.is_ready(index));
         for (place, &index) in prompts.iter().enumerate() {
             let remaining = self.running[index].num_remaining_tokens();
             let is_last = place + 1 == prompts.len();
@@ -144,6 +150,15 @@ impl<R> Scheduler<R> {
             budget -= num_tokens;
             plan.push(Scheduled { index, num_tokens });
         }
+    }
+
+    /// Takes what an older sequence has computed meanwhile; false while one still computes what comes
+    /// next here. That one is older, so the oldest never waits, and nobody waits for ever.
+    fn is_ready(&mut self, index: usize) -> bool {
+        let (older, rest) = self.running.split_at_mut(index);
+        let Some(sequence) = rest.first_mut() else { return false };
+        sequence.adopt_cached_blocks();
+        !older.iter_mut().any(|older| sequence.can_wait_for(older))
     }
 
     fn prefilling(&self) -> impl Iterator<Item = &Sequence<R>> {

@@ -9,6 +9,15 @@ pub struct TokenScore {
     pub is_argmax: bool,
 }
 
+/// How likely a generated token and its rivals were, before any adjustment or temperature.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprobs {
+    /// Natural logarithm of the token's probability.
+    pub logprob: f32,
+    /// The most likely tokens, the first one first.
+    pub top: Vec<(u32, f32)>,
+}
+
 /// The index of the largest logit, the lowest one on ties; `None` if there is a NaN or no finite
 /// maximum.
 pub(super) fn arg_max(logits: &[f32]) -> Option<usize> {
@@ -28,11 +37,31 @@ pub(super) fn arg_max(logits: &[f32]) -> Option<usize> {
 pub(super) fn score_token(logits: &[f32], token: u32) -> Option<TokenScore> {
     let best = arg_max(logits)?;
     let token = token as usize;
-    // log p = (x - max) - log sum exp(x - max); summed in f64, in index order.
+    let logprob = f64::from(*logits.get(token)?) - log_sum_exp(logits, best);
+    Some(TokenScore { logprob: logprob as f32, is_argmax: token == best })
+}
+
+/// The same for a token that was generated, beside the `num_top` most likely ones; the lower id comes
+/// first on ties.
+pub(super) fn token_logprobs(logits: &[f32], token: u32, num_top: usize) -> Option<TokenLogprobs> {
+    let sum = log_sum_exp(logits, arg_max(logits)?);
+    let logprob = |logit: f32| (f64::from(logit) - sum) as f32;
+    let mut tokens: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
+    let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+    if num_top > 0 && num_top < tokens.len() {
+        tokens.select_nth_unstable_by(num_top - 1, order);
+    }
+    tokens.truncate(num_top);
+    tokens.sort_unstable_by(order);
+    tokens.iter_mut().for_each(|(_, logit)| *logit = logprob(*logit));
+    Some(TokenLogprobs { logprob: logprob(*logits.get(token as usize)?), top: tokens })
+}
+
+/// Summed in f64, in index order; `best` is the arg max.
+fn log_sum_exp(logits: &[f32], best: usize) -> f64 {
     let max = f64::from(logits[best]);
     let sum: f64 = logits.iter().map(|&logit| (f64::from(logit) - max).exp()).sum();
-    let logprob = f64::from(*logits.get(token)?) - max - sum.ln();
-    Some(TokenScore { logprob: logprob as f32, is_argmax: token == best })
+    max + sum.ln()
 }
 
 #[cfg(test)]
@@ -49,6 +78,18 @@ mod tests {
         for row in [&[][..], &[1.0, f32::NAN], &[f32::NEG_INFINITY; 2], &[0.0, f32::INFINITY]] {
             assert_eq!(arg_max(row), None, "{row:?}");
         }
+    }
+
+    #[test]
+    fn rivals_are_sorted_and_need_not_hold_the_token() {
+        let found = token_logprobs(&[1.0, 3.0, 0.0, 3.0, 2.0], 2, 3).unwrap();
+        let ids: Vec<u32> = found.top.iter().map(|(id, _)| *id).collect();
+        assert_eq!(ids, [1, 3, 4]);
+        assert!((found.top[0].1 - 3.0 - (found.logprob - 0.0)).abs() < 1e-6);
+        let all = token_logprobs(&[1.0, 3.0], 0, 20).unwrap();
+        let sum: f32 = all.top.iter().map(|(_, logprob)| logprob.exp()).sum();
+        assert!((sum - 1.0).abs() < 1e-6 && all.logprob == all.top[1].1);
+        assert!(token_logprobs(&[1.0, 3.0], 0, 0).unwrap().top.is_empty());
     }
 
     #[test]

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use super::{blocks::BlockTable, score::TokenScore};
+use super::{blocks::BlockTable, prefix::BlockKey, score::TokenScore};
 
 /// What the scheduler needs to know of a new request.
 #[derive(Debug, Clone)]
@@ -16,6 +16,8 @@ pub(super) struct SequenceParams {
     pub(super) score_prompt: bool,
     /// Equal for sequences of the same adapter version; 0 is the base.
     pub(super) adapter_key: usize,
+    /// What its blocks depend on besides its tokens; `None`: they are not shared with anybody.
+    pub(super) root: Option<BlockKey>,
 }
 
 /// A prompt and what was generated after it.
@@ -26,6 +28,11 @@ pub(super) struct Sequence<R> {
     num_cached_tokens: usize,
     max_tokens: usize,
     prompt_scores: Option<Vec<TokenScore>>,
+    root: Option<BlockKey>,
+    /// Keys of its first full blocks, as far as somebody asked.
+    keys: Vec<BlockKey>,
+    /// Blocks whose content others can find.
+    num_named_blocks: usize,
     pub(super) adapter_key: usize,
     pub(super) block_table: BlockTable,
     /// What the engine keeps beside it.
@@ -42,6 +49,10 @@ impl<R> Sequence<R> {
             num_cached_tokens: 0,
             max_tokens: params.max_tokens,
             prompt_scores: params.score_prompt.then(|| Vec::with_capacity(scores)),
+            // Scores come from logits, so a scored prompt runs whole.
+            root: params.root.filter(|_| !params.score_prompt),
+            keys: Vec::new(),
+            num_named_blocks: 0,
             adapter_key: params.adapter_key,
             block_table,
             request,
@@ -97,10 +108,57 @@ impl<R> Sequence<R> {
         }
     }
 
-    /// The step over the next `num_tokens` is done: they are in the cache.
+    /// The step over the next `num_tokens` is done: they are in the cache, where others may find them.
     pub(super) fn advance(&mut self, num_tokens: usize) {
         self.num_cached_tokens += num_tokens;
         debug_assert!(self.num_cached_tokens <= self.tokens.len());
+        while let index = self.num_named_blocks
+            && (index + 1) * self.block_table.block_size() <= self.num_cached_tokens
+            && let Some(key) = self.block_key(index)
+        {
+            self.block_table.name(index, key);
+            self.num_named_blocks += 1;
+        }
+    }
+
+    /// Uses what the cache already holds of the next tokens, but never of the last one: its logits are
+    /// wanted.
+    pub(super) fn adopt_cached_blocks(&mut self) {
+        while let Some((index, key)) = self.next_block()
+            && self.block_table.adopt(index, key)
+        {
+            self.num_cached_tokens += self.block_table.block_size();
+            self.num_named_blocks = index + 1;
+        }
+    }
+
+    /// The block that comes next, if it could come from the cache: the sequence stands at a block's
+    /// beginning and has tokens beyond its end.
+    fn next_block(&mut self) -> Option<(usize, BlockKey)> {
+        let block_size = self.block_table.block_size();
+        let index = self.num_cached_tokens / block_size;
+        let is_between = self.num_cached_tokens.is_multiple_of(block_size);
+        let has_more = (index + 1) * block_size < self.tokens.len();
+        if is_between && has_more { Some((index, self.block_key(index)?)) } else { None }
+    }
+
+    /// Whether `other` is about to compute the very block that comes next here.
+    pub(super) fn can_wait_for(&mut self, other: &mut Self) -> bool {
+        let Some((index, key)) = self.next_block() else { return false };
+        let end = (index + 1) * self.block_table.block_size();
+        let is_ahead = other.num_cached_tokens < end && end <= other.tokens.len();
+        is_ahead && other.block_key(index) == Some(key)
+    }
+
+    /// The key of full block `index`.
+    fn block_key(&mut self, index: usize) -> Option<BlockKey> {
+        let block_size = self.block_table.block_size();
+        let mut last = self.keys.last().copied().or(self.root)?;
+        for block in self.keys.len()..=index {
+            last = last.next(&self.tokens[block * block_size..(block + 1) * block_size]);
+            self.keys.push(last);
+        }
+        self.keys.get(index).copied()
     }
 
     /// Appends a generated token.
@@ -121,9 +179,10 @@ impl<R> Sequence<R> {
         if complete { self.prompt_scores.take() } else { None }
     }
 
-    /// Gives the blocks back; every token must run again (they are all kept).
+    /// Gives the blocks back; every token that the cache does not keep must run again.
     pub(super) fn reset_cache(&mut self) {
         self.num_cached_tokens = 0;
+        self.num_named_blocks = 0;
         self.block_table.clear();
     }
 }
@@ -134,7 +193,8 @@ mod tests {
 
     fn sequence(prompt: usize, max_tokens: usize, score_prompt: bool) -> Sequence<()> {
         let prompt = (0..prompt as u32).collect();
-        let params = SequenceParams { prompt, max_tokens, score_prompt, adapter_key: 0 };
+        let params =
+            SequenceParams { prompt, max_tokens, score_prompt, adapter_key: 0, root: None };
         Sequence::new(params, BlockManager::new(0, 1).table(), ())
     }
 

@@ -24,6 +24,8 @@ pub struct EngineStats {
     pub(super) steps: AtomicU64,
     pub(super) prompt_tokens: AtomicU64,
     pub(super) generation_tokens: AtomicU64,
+    pub(super) prefix_queries: AtomicU64,
+    pub(super) prefix_hits: AtomicU64,
     pub(super) preemptions: AtomicU64,
     pub(super) finished: AtomicU64,
     pub(super) failed: AtomicU64,
@@ -68,6 +70,16 @@ impl EngineStats {
     /// Prompt tokens of requests that got their first step, so far.
     pub fn prompt_tokens(&self) -> u64 {
         self.prompt_tokens.load(Relaxed)
+    }
+
+    /// Prompt tokens that were looked up in the prefix cache, so far.
+    pub fn prefix_queries(&self) -> u64 {
+        self.prefix_queries.load(Relaxed)
+    }
+
+    /// Those of them that it held.
+    pub fn prefix_hits(&self) -> u64 {
+        self.prefix_hits.load(Relaxed)
     }
 
     /// Generated tokens so far.

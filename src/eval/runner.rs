@@ -17,7 +17,7 @@ use crate::adapters::AdapterVersion;
 use crate::data::{Question, Row};
 use crate::engine::{
     EngineError, EngineHandle, FinishReason, GenerationEvent, GenerationRequest, GenerationStream,
-    GenerationUsage, SamplingParams, TokenScore,
+    GenerationUsage, RequestOptions, SamplingParams, TokenScore,
 };
 use crate::text::{ChatTemplate, Detokenizer, TextError, Tokenizer};
 
@@ -134,8 +134,7 @@ impl Runner<'_> {
         adapter: Option<Arc<AdapterVersion>>,
         max_tokens: usize,
     ) -> GenerationRequest {
-        let sampling =
-            SamplingParams { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: self.seed };
+        let sampling = SamplingParams { seed: self.seed, ..SamplingParams::greedy() };
         GenerationRequest {
             prompt,
             adapter,
@@ -143,6 +142,7 @@ impl Runner<'_> {
             max_tokens,
             stop_token_ids: self.stop_token_ids.to_vec(),
             score_prompt: max_tokens == 0,
+            options: RequestOptions::default(),
         }
     }
 
@@ -246,7 +246,7 @@ impl Evaluation<'_> {
         let text = |source: TextError| self.prompt_error(arm, row, source);
         while let Some(event) = stream.blocking_next() {
             match event {
-                GenerationEvent::Token { id } => {
+                GenerationEvent::Token { id, .. } => {
                     outcome.text.push_str(&detokenizer.push(id).map_err(text)?);
                 }
                 GenerationEvent::PromptScores(mut scores) => {

@@ -7,7 +7,8 @@ use serde_json::{Map, Value};
 use super::{Service, python};
 use crate::adapters::AdapterVersion;
 use crate::engine::{
-    EngineError, FinishReason, GenerationEvent, GenerationRequest, GenerationStream, SamplingParams,
+    EngineError, FinishReason, GenerationEvent, GenerationRequest, GenerationStream,
+    RequestOptions, SamplingParams,
 };
 use crate::eval::grader::{Context, Fault, FaultKind, Outside, Reply, Sampling};
 use crate::text::{Detokenizer, TextError};
@@ -61,13 +62,13 @@ impl<'a> Asker<'a> {
             sampling: SamplingParams {
                 temperature: sampling.temperature,
                 top_p: sampling.top_p,
-                top_k: 0,
-                min_p: 0.0,
                 seed: sampling.seed,
+                ..SamplingParams::greedy()
             },
             max_tokens: self.max_tokens(sampling).min(room),
             stop_token_ids: parts.eos_token_ids.clone(),
             score_prompt: false,
+            options: RequestOptions::default(),
         })?;
         self.read(stream, &prompt)
     }
@@ -103,8 +104,8 @@ impl<'a> Asker<'a> {
                 return Err(interrupted());
             }
             match event {
-                GenerationEvent::Token { id } if parts.eos_token_ids.contains(&id) => {}
-                GenerationEvent::Token { id } => {
+                GenerationEvent::Token { id, .. } if parts.eos_token_ids.contains(&id) => {}
+                GenerationEvent::Token { id, .. } => {
                     text.push_str(&detokenizer.push(id).map_err(failed)?);
                 }
                 GenerationEvent::PromptScores(_) => {}

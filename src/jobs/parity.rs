@@ -7,7 +7,8 @@ use serde::Deserialize;
 use super::Service;
 use crate::adapters::AdapterVersion;
 use crate::engine::{
-    EngineError, GenerationEvent, GenerationRequest, GenerationStream, SamplingParams,
+    EngineError, GenerationEvent, GenerationRequest, GenerationStream, RequestOptions,
+    SamplingParams,
 };
 
 /// Largest difference of a log-probability that rounding can explain.
@@ -110,6 +111,7 @@ fn submit(
             max_tokens: 0,
             stop_token_ids: Vec::new(),
             score_prompt: true,
+            options: RequestOptions::default(),
         });
         match taken {
             Ok(stream) => return Ok(Some(stream)),

@@ -12,6 +12,7 @@ mod python;
 mod special_tokens;
 mod stop;
 mod strftime;
+mod token_bytes;
 mod tokenizer;
 mod tool_calls;
 

@@ -110,6 +110,15 @@ impl Tokenizer {
         self.is_special(id) || self.inner.id_to_token(id).is_none()
     }
 
+    /// Whether `id` was added to the vocabulary, with its literal text.
+    pub(super) fn is_added(&self, id: u32) -> bool {
+        self.inner.get_added_vocabulary().get_added_tokens_decoder().contains_key(&id)
+    }
+
+    pub(super) fn decoder(&self) -> Option<&DecoderWrapper> {
+        self.inner.get_decoder()
+    }
+
     /// Whether `id` stands for one raw byte of a character that has no token of its own.
     pub(super) fn is_byte_fallback(&self, id: u32) -> bool {
         self.byte_ids.contains(&id)

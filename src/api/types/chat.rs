@@ -1,5 +1,7 @@
 //! Bodies of `/v1/chat/completions`: the request, the answer, and one chunk of a streamed answer.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -22,12 +24,14 @@ pub(crate) struct ChatCompletionRequest {
     pub(crate) n: Option<i64>,
     pub(crate) tools: Option<Vec<Value>>,
     pub(crate) tool_choice: Option<Value>,
+    pub(crate) cache_salt: Option<String>,
+    pub(crate) logprobs: Option<bool>,
+    pub(crate) top_logprobs: Option<i64>,
+    pub(crate) logit_bias: Option<BTreeMap<String, f64>>,
+    pub(crate) presence_penalty: Option<f64>,
+    pub(crate) frequency_penalty: Option<f64>,
+    pub(crate) repetition_penalty: Option<f64>,
     // Known, not supported: an answer that ignored them would not be what was asked for.
-    pub(crate) logprobs: Option<Value>,
-    pub(crate) top_logprobs: Option<Value>,
-    pub(crate) logit_bias: Option<Value>,
-    pub(crate) presence_penalty: Option<Value>,
-    pub(crate) frequency_penalty: Option<Value>,
     pub(crate) response_format: Option<Value>,
     pub(crate) functions: Option<Value>,
 }
@@ -60,8 +64,34 @@ pub(crate) struct ChatCompletion {
 pub(crate) struct ChatChoice {
     pub(crate) index: usize,
     pub(crate) message: ChatMessage,
-    pub(crate) logprobs: Option<Value>,
+    pub(crate) logprobs: Option<Logprobs>,
     pub(crate) finish_reason: &'static str,
+}
+
+/// Log-probabilities of the tokens of an answer, or of a piece of it.
+#[derive(Debug, Serialize)]
+pub(crate) struct Logprobs {
+    pub(crate) content: Vec<TokenLogprob>,
+    /// Always null.
+    pub(crate) refusal: Option<Value>,
+}
+
+/// A token of an answer.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(crate) struct TokenLogprob {
+    #[serde(flatten)]
+    pub(crate) token: RankedToken,
+    /// The most likely tokens at its place.
+    pub(crate) top_logprobs: Vec<RankedToken>,
+}
+
+/// A token and how likely it was.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(crate) struct RankedToken {
+    pub(crate) token: String,
+    pub(crate) logprob: f32,
+    /// The token itself, where it is a part of a character only.
+    pub(crate) bytes: Vec<u8>,
 }
 
 #[derive(Debug, Serialize)]
@@ -110,7 +140,7 @@ pub(crate) struct ChatCompletionChunk<'a> {
 pub(crate) struct ChunkChoice {
     pub(crate) index: usize,
     pub(crate) delta: Delta,
-    pub(crate) logprobs: Option<Value>,
+    pub(crate) logprobs: Option<Logprobs>,
     pub(crate) finish_reason: Option<&'static str>,
 }
 

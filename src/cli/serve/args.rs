@@ -80,6 +80,10 @@ pub struct ServeArgs {
     #[arg(long, env = "TUNESMITH_KV_CACHE_MEMORY", value_name = "BYTES")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kv_cache_memory: Option<String>,
+    /// Reuse the keys and values of what requests have in common at their beginning [default: true]
+    #[arg(long, env = "TUNESMITH_PREFIX_CACHE", value_parser = BoolishValueParser::new())]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefix_cache: Option<bool>,
     /// Folder of the fine-tuning service: files, jobs and the models they make. Without it the
     /// service is off
     #[arg(long, env = "TUNESMITH_DATA_DIR", value_name = "DIR")]

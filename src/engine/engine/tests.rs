@@ -15,8 +15,8 @@ use std::{
 use super::{super::handle::start, *};
 use crate::adapters::AdapterRegistry;
 use crate::engine::{
-    AdapterNames, EngineError, EngineHandle, GenerationRequest, GenerationStream, SamplingParams,
-    TokenScore,
+    AdapterNames, EngineError, EngineHandle, GenerationRequest, GenerationStream, RequestOptions,
+    SamplingParams, TokenScore,
 };
 use crate::model::ModelConfig;
 
@@ -102,6 +102,7 @@ fn config() -> EngineConfig {
         max_batch_tokens: 256,
         block_size: 4,
         num_blocks: 512,
+        prefix_cache: true,
     }
 }
 
@@ -125,7 +126,7 @@ fn engine(config: EngineConfig, gated: bool) -> Fake {
         gate: gated.then(|| Mutex::new(gate)),
     };
     Fake {
-        handle: start(model, VOCAB_SIZE, config).unwrap(),
+        handle: start(model, VOCAB_SIZE, "base".to_owned(), config).unwrap(),
         max_rows,
         delta_rows,
         leave: gated.then_some(leave),
@@ -144,6 +145,7 @@ fn request(prompt: Vec<u32>, max_tokens: usize) -> GenerationRequest {
         max_tokens,
         stop_token_ids: vec![],
         score_prompt: false,
+        options: RequestOptions::default(),
     }
 }
 
@@ -170,7 +172,7 @@ fn collect(mut stream: GenerationStream) -> Answer {
                 assert!(answer.tokens.is_empty() && answer.scores.is_none());
                 answer.scores = Some(scores);
             }
-            GenerationEvent::Token { id } => answer.tokens.push(id),
+            GenerationEvent::Token { id, .. } => answer.tokens.push(id),
             GenerationEvent::Finished { reason, usage } => {
                 assert_eq!(usage.completion_tokens, answer.tokens.len());
                 assert!(usage.queue_seconds <= usage.first_token_seconds);
@@ -237,6 +239,52 @@ fn every_way_to_batch_gives_the_answers_of_a_request_alone() {
 }
 
 #[test]
+fn a_cached_beginning_changes_no_answer_and_only_equals_share_it() {
+    let engine = engine(config(), false);
+    let ask = |prompt: &[u32], salt: &[u8], score_prompt| {
+        let options = RequestOptions { cache_salt: salt.to_vec(), ..RequestOptions::default() };
+        let request = GenerationRequest { score_prompt, options, ..request(prompt.to_vec(), 10) };
+        let mut stream = engine.handle.generate(request).unwrap();
+        let mut tokens = Vec::new();
+        while let Some(event) = stream.blocking_next() {
+            if let GenerationEvent::Token { id, .. } = event {
+                tokens.push(id);
+            }
+        }
+        assert_eq!(tokens, expected(prompt, 10));
+        stream.cached_tokens()
+    };
+    let first = prompt(1, 24);
+    assert_eq!(ask(&first, b"", false), 0);
+    // All full blocks but the last, whose last token gives the first answer.
+    assert_eq!(ask(&first, b"", false), 20);
+    // A conversation goes on: prompt and answer come from the cache, but for the last token, which
+    // never ran.
+    let next = [first.clone(), expected(&first, 10), prompt(9, 5)].concat();
+    assert_eq!(ask(&next, b"", false), 32);
+    assert_eq!(ask(&next[..9], b"", false), 8);
+    assert_eq!(ask(&next, b"another tenant", false), 0);
+    assert_eq!(ask(&next, b"", true), 0);
+    let stats = engine.handle.stats();
+    assert_eq!(stats.prefix_hits(), 20 + 32 + 8);
+    assert_eq!(stats.prefix_queries(), 24 + 24 + 3 * 39 + 9);
+    assert_eq!(stats.used_blocks(), 0);
+}
+
+#[test]
+fn without_the_prefix_cache_every_prompt_is_computed() {
+    let engine = engine(EngineConfig { prefix_cache: false, ..config() }, false);
+    for _ in 0..2 {
+        let stream = engine.handle.generate(request(prompt(1, 24), 10)).unwrap();
+        assert_eq!(collect(stream).tokens, expected(&prompt(1, 24), 10));
+    }
+    assert_eq!(
+        (engine.handle.stats().prefix_hits(), engine.handle.stats().prefix_queries()),
+        (0, 0)
+    );
+}
+
+#[test]
 fn generation_ends_with_the_stop_token_which_is_sent_too() {
     let engine = engine(config(), false);
     let prompt = prompt(1, 9);
@@ -284,8 +332,15 @@ fn prompt_scores_are_the_same_whole_chunked_and_preempted() {
 #[test]
 fn sampling_depends_on_the_seed_and_not_on_the_neighbours() {
     let sampled = |seed| {
-        let sampling =
-            SamplingParams { temperature: 1.5, top_p: 0.9, top_k: 20, min_p: 0.01, seed };
+        let sampling = SamplingParams {
+            temperature: 1.5,
+            top_p: 0.9,
+            top_k: 20,
+            min_p: 0.01,
+            presence_penalty: 0.3,
+            seed,
+            ..SamplingParams::greedy()
+        };
         GenerationRequest { sampling, ..request(prompt(3, 11), 24) }
     };
     let alone = engine(config(), false);

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::*;
+use super::{super::prefix::BlockKey, *};
 
 fn config(
     max_num_seqs: usize,
@@ -18,11 +18,37 @@ fn config(
         max_batch_tokens,
         block_size,
         num_blocks,
+        prefix_cache: true,
     }
 }
 
 fn params(prompt: Vec<u32>, max_tokens: usize, adapter_key: usize) -> SequenceParams {
-    SequenceParams { prompt, max_tokens, score_prompt: false, adapter_key }
+    let root = Some(BlockKey::root("base", Some(&adapter_key.to_string()), b""));
+    SequenceParams { prompt, max_tokens, score_prompt: false, adapter_key, root }
+}
+
+/// What a model would have in its cache: for each place, the adapter and all tokens up to there.
+struct FakeCache(Vec<(usize, Vec<u32>)>);
+
+impl FakeCache {
+    fn new(config: &EngineConfig) -> Self {
+        Self(vec![(0, vec![]); config.num_blocks * config.block_size])
+    }
+
+    /// Writes the next `num_tokens` of `sequence`, which must find all those before them.
+    fn step(&mut self, sequence: &Sequence<usize>, num_tokens: usize) {
+        let (table, cached) = (&sequence.block_table, sequence.num_cached_tokens());
+        for position in 0..cached + num_tokens {
+            let block = table.blocks()[position / table.block_size()] as usize;
+            let slot = &mut self.0[block * table.block_size() + position % table.block_size()];
+            let content = (sequence.adapter_key, sequence.tokens()[..=position].to_vec());
+            if position < cached {
+                assert_eq!(*slot, content, "position {position} of {:?}", sequence.tokens());
+            } else {
+                *slot = content;
+            }
+        }
+    }
 }
 
 /// The token that follows `tokens` in these tests.
@@ -32,8 +58,19 @@ fn next_token(tokens: &[u32]) -> u32 {
 
 /// Runs the step `plan`; returns the sequences that are complete.
 fn run(scheduler: &mut Scheduler<usize>, plan: &[Scheduled]) -> Vec<Sequence<usize>> {
+    run_with(scheduler, plan, None)
+}
+
+fn run_with(
+    scheduler: &mut Scheduler<usize>,
+    plan: &[Scheduled],
+    mut cache: Option<&mut FakeCache>,
+) -> Vec<Sequence<usize>> {
     for part in plan {
         let sequence = &mut scheduler.running_mut()[part.index];
+        if let Some(cache) = &mut cache {
+            cache.step(sequence, part.num_tokens);
+        }
         let samples = sequence.samples_after(part.num_tokens);
         sequence.advance(part.num_tokens);
         if samples {
@@ -45,7 +82,12 @@ fn run(scheduler: &mut Scheduler<usize>, plan: &[Scheduled]) -> Vec<Sequence<usi
 }
 
 /// What holds for every plan.
-fn check_plan(scheduler: &Scheduler<usize>, plan: &[Scheduled], config: &EngineConfig) {
+fn check_plan(
+    scheduler: &Scheduler<usize>,
+    plan: &[Scheduled],
+    config: &EngineConfig,
+    decoding: &[usize],
+) {
     let num_tokens: usize = plan.iter().map(|part| part.num_tokens).sum();
     assert!(num_tokens <= config.max_batch_tokens, "budget: {num_tokens}");
     assert!(scheduler.running.len() <= config.max_num_seqs);
@@ -63,7 +105,7 @@ fn check_plan(scheduler: &Scheduler<usize>, plan: &[Scheduled], config: &EngineC
     }
     // Nobody who decodes waits, and the oldest is always there.
     for (index, sequence) in scheduler.running.iter().enumerate() {
-        let decodes = sequence.num_generated_tokens() > 0 && sequence.num_remaining_tokens() == 1;
+        let decodes = decoding.contains(&sequence.request);
         assert!(!(decodes || index == 0) || indices.binary_search(&index).is_ok());
     }
     // Neighbours share an adapter; the base comes first.
@@ -74,30 +116,44 @@ fn check_plan(scheduler: &Scheduler<usize>, plan: &[Scheduled], config: &EngineC
     let ages = scheduler.running.iter().chain(&scheduler.waiting).map(|sequence| sequence.request);
     assert!(ages.is_sorted());
     assert!(scheduler.waiting.iter().all(|sequence| sequence.block_table.blocks().is_empty()));
-    // No block twice, none lost.
-    let mut held: Vec<u32> = scheduler
-        .running
-        .iter()
-        .flat_map(|sequence| sequence.block_table.blocks().iter().copied())
-        .collect();
-    let num_held = held.len();
+    // No block is lost, and none that is written to is anybody else's.
+    let tables = scheduler.running.iter().map(|sequence| sequence.block_table.blocks());
+    let mut held: Vec<u32> = tables.clone().flatten().copied().collect();
+    let all = held.clone();
     held.sort_unstable();
     held.dedup();
-    assert_eq!(held.len(), num_held);
-    assert_eq!(num_held + scheduler.blocks.num_free(), config.num_blocks);
+    assert_eq!(held.len() + scheduler.blocks.num_free(), config.num_blocks);
+    for part in plan {
+        let sequence = &scheduler.running[part.index];
+        let first = sequence.num_cached_tokens() / config.block_size;
+        for block in &sequence.block_table.blocks()[first..] {
+            assert_eq!(all.iter().filter(|other| *other == block).count(), 1, "{block}");
+        }
+    }
 }
 
 #[derive(Debug, Clone)]
 enum Action {
-    Add { prompt: usize, max_tokens: usize, adapter_key: usize },
+    /// Prompts of one family begin alike.
+    Add {
+        family: u32,
+        prompt: usize,
+        max_tokens: usize,
+        adapter_key: usize,
+    },
     Step,
-    Cancel { place: usize },
+    Cancel {
+        place: usize,
+    },
 }
 
 fn action() -> impl Strategy<Value = Action> {
     prop_oneof![
-        4 => (1..40usize, 1..12usize, 0..3usize)
-            .prop_map(|(prompt, max_tokens, adapter_key)| Action::Add { prompt, max_tokens, adapter_key }),
+        4 => (0..3u32, 1..40usize, 1..12usize, 0..3usize).prop_map(
+            |(family, prompt, max_tokens, adapter_key)| {
+                Action::Add { family, prompt, max_tokens, adapter_key }
+            }
+        ),
         6 => Just(Action::Step),
         1 => (0..6usize).prop_map(|place| Action::Cancel { place }),
     ]
@@ -105,7 +161,7 @@ fn action() -> impl Strategy<Value = Action> {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: 10_000, failure_persistence: None, ..ProptestConfig::default()
+        cases: 100_000, failure_persistence: None, ..ProptestConfig::default()
     })]
 
     #[test]
@@ -118,26 +174,33 @@ proptest! {
     ) {
         let config = config(max_num_seqs, max_batch_tokens, block_size, num_blocks);
         let mut scheduler: Scheduler<usize> = Scheduler::new(&config);
+        let mut cache = FakeCache::new(&config);
         // What each sequence must end with; `None`: cancelled.
         let mut expected: Vec<Option<Vec<u32>>> = Vec::new();
         let mut num_ended = 0;
         let mut num_steps_left = 0; // No later than this many steps from now, everybody has ended.
         let mut step = |scheduler: &mut Scheduler<usize>, expected: &[Option<Vec<u32>>]| {
+            let decoding = scheduler.running.iter().filter(|s| s.num_remaining_tokens() == 1);
+            let decoding: Vec<usize> = decoding.map(|sequence| sequence.request).collect();
+            let preemptions = scheduler.num_preemptions();
             let plan = scheduler.schedule();
-            check_plan(scheduler, &plan, &config);
-            for sequence in run(scheduler, &plan) {
+            // Somebody who lost its blocks may be back in the same step, and then fills up again.
+            let none = scheduler.num_preemptions() > preemptions;
+            check_plan(scheduler, &plan, &config, if none { &[] } else { &decoding });
+            for sequence in run_with(scheduler, &plan, Some(&mut cache)) {
                 assert_eq!(Some(sequence.tokens()), expected[sequence.request].as_deref());
                 num_ended += 1;
             }
         };
         for action in actions {
             match action {
-                Action::Add { prompt, max_tokens, adapter_key } => {
+                Action::Add { family, prompt, max_tokens, adapter_key } => {
                     if prompt + max_tokens > config.max_sequence_len() {
                         continue;
                     }
                     let age = expected.len();
-                    let prompt: Vec<u32> = (0..prompt).map(|i| (age * 100 + i) as u32).collect();
+                    let prompt: Vec<u32> =
+                        (0..prompt as u32).map(|i| i * i % 7 + family * 10).collect();
                     let mut tokens = prompt.clone();
                     (0..max_tokens).for_each(|_| tokens.push(next_token(&tokens)));
                     // Alone, as the oldest, one token a step would do.
@@ -200,8 +263,32 @@ fn the_youngest_gives_its_blocks_to_the_oldest_and_comes_back() {
     assert!(run(&mut scheduler, &plan).is_empty());
     let plan = scheduler.schedule();
     assert_eq!(run(&mut scheduler, &plan).len(), 1);
-    // Prompt and generated token run again in one chunk.
-    assert_eq!(scheduler.schedule(), [Scheduled { index: 0, num_tokens: 5 }]);
+    // Prompt and generated token run again in one chunk, but for the block that the cache still has: the
+    // other one went to the oldest.
+    assert_eq!(scheduler.schedule(), [Scheduled { index: 0, num_tokens: 3 }]);
+}
+
+#[test]
+fn a_common_beginning_is_computed_once_even_by_those_who_come_together() {
+    let config = config(8, 24, 4, 100);
+    let mut scheduler = Scheduler::new(&config);
+    for age in 0..3 {
+        scheduler.add(params(vec![1; 34], 4, 0), age);
+    }
+    scheduler.add(params(vec![1; 34], 4, 5), 3); // The same tokens under another adapter.
+    let mut chunks = Vec::new();
+    while let plan = scheduler.schedule()
+        && !plan.is_empty()
+    {
+        chunks.extend(
+            plan.iter().map(|part| (scheduler.running[part.index].request, part.num_tokens)),
+        );
+        run(&mut scheduler, &plan);
+    }
+    let computed = |age| chunks.iter().filter(|(other, _)| *other == age).map(|part| part.1).sum();
+    let computed: [usize; 4] = std::array::from_fn(computed);
+    // 34 tokens and 3 of the answer; or the two tokens past the last full block of the prompt.
+    assert_eq!(computed, [37, 5, 5, 37]);
 }
 
 #[test]
