@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::{
     FileRecord, JobsError, NewFile, Service, Transaction,
-    metrics::{LossAndAccuracy, StepMetrics},
+    step_metrics::{LossAndAccuracy, StepMetrics},
 };
 use crate::train::{EventLog, TrainEvent};
 

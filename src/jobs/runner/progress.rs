@@ -10,7 +10,7 @@ use std::{
 use super::settings::{KEEP_EPOCHS, Places};
 use crate::jobs::{
     Checkpoint, EventLevel, Job, JobEvent, JobsError, ModelRecord, Service, StoreError,
-    Transaction, metrics::StepMetrics, new_id, publish::model_name, unix_seconds,
+    Transaction, new_id, publish::model_name, step_metrics::StepMetrics, unix_seconds,
 };
 use crate::train::{EventLog, TrainEvent, work_dir};
 
