@@ -128,6 +128,9 @@ pub(super) struct TrainArgs {
     /// Number format of the published weights of method full [bf16]
     #[arg(long, value_parser = ["f32", "bf16"])]
     pub(super) dtype: Option<String>,
+    /// Hold the base under an adapter in 8 bits, or its projections in 4 [none]
+    #[arg(long, value_parser = ["none", "int8", "int4"])]
+    pub(super) quantize: Option<String>,
     /// Threads of the tensor operations [all cores]
     #[arg(long)]
     pub(super) threads: Option<usize>,
