@@ -1,41 +1,87 @@
-//! What share of the machine the kernels reach: the products of a 0.5 B model's shapes, for every
-//! instruction set that this CPU has.
-#![allow(missing_docs, reason = "criterion's macros write undocumented items")]
+//! What share of the machine the kernels reach: products of a 0.5 B and a 135 M model's shapes, beside
+//! what this machine reads from memory and multiplies at best, measured in the same run.
+//!
+//! `cargo bench --bench kernels -- FILTER`, where the filter is part of a line's name (`896x4864`,
+//! `Bf16`, `attention`). Each number is the best of several short windows: on a shared machine the best
+//! window is the one that measures the program, the others measure the neighbours.
+#![allow(clippy::cast_precision_loss, clippy::print_stdout, reason = "rounded numbers on a page")]
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use half::bf16;
+use std::{hint::black_box, time::Duration, time::Instant};
+
+use rayon::prelude::*;
 use tunesmith::kernels::{
-    AttentionForward, AttentionShape, KvPanels, LANES, LinearJob, QuerySpan, all,
+    AttentionForward, AttentionShape, KvPanels, LANES, PackedWeight, QuerySpan, WeightForm, best,
 };
 
-/// Multiply-adds of `rows x 896 -> 4864` with bf16 weights: decoding (1 row), a batch, a prompt.
-fn linear(criterion: &mut Criterion) {
-    let (k, n) = (896, 4864);
-    // Several matrices, so that they come from memory as a model's layers do.
-    let weights: Vec<Vec<bf16>> =
-        (0..8).map(|seed| (0..n * k).map(|i| bf16::from_f32(noise(i + seed))).collect()).collect();
-    let mut group = criterion.benchmark_group("linear 896x4864 bf16");
-    for rows in [1, 8, 64] {
-        let x: Vec<f32> = (0..rows * k).map(noise).collect();
-        let mut out = vec![0.0; rows * n];
-        group.throughput(Throughput::Elements((rows * n * k) as u64));
-        for table in all() {
-            let mut turn = 0;
-            group.bench_function(BenchmarkId::new(table.name, rows), |bencher| {
-                bencher.iter(|| {
-                    turn += 1;
-                    let weight = &weights[turn % weights.len()];
-                    LinearJob { x: &x, weight, bias: None, in_features: k, out_features: n }
-                        .run(table, &mut out);
-                });
-            });
+/// Weights are cycled through so much memory, so that they do not come from a cache.
+const CYCLED_BYTES: usize = 256 << 20;
+const WINDOW: Duration = Duration::from_millis(150);
+/// Input and output features: Qwen2.5-0.5B's projections and head, then SmolLM2-135M's.
+const SHAPES: [(usize, usize); 7] =
+    [(896, 4864), (4864, 896), (896, 896), (896, 151_936), (576, 1536), (1536, 576), (576, 49_152)];
+const ROWS: [usize; 6] = [1, 4, 8, 16, 64, 512];
+
+fn main() {
+    let filter = std::env::args().skip(1).find(|arg| !arg.starts_with("--")).unwrap_or_default();
+    let bytes_per_second = read_bandwidth();
+    let flops = multiply_add_peak();
+    println!(
+        "{} kernels, {} threads; reads {:.1} GB/s, multiplies and adds {:.0} GFLOP/s",
+        best().name,
+        rayon::current_num_threads(),
+        bytes_per_second / 1e9,
+        flops / 1e9,
+    );
+    for (inputs, outputs) in SHAPES {
+        for form in [WeightForm::F32, WeightForm::Bf16, WeightForm::Int8, WeightForm::Int4] {
+            let name = format!("{inputs}x{outputs} {form:?}");
+            if name.contains(&filter) {
+                linear(&name, form, (inputs, outputs), bytes_per_second, flops);
+            }
         }
     }
-    group.finish();
+    if "attention".contains(&filter) {
+        decode_attention();
+    }
+}
+
+fn linear(
+    name: &str,
+    form: WeightForm,
+    (inputs, outputs): (usize, usize),
+    bytes_per_second: f64,
+    flops: f64,
+) {
+    let values: Vec<f32> = (0..inputs * outputs).map(noise).collect();
+    let first = PackedWeight::from_f32(form, &values, inputs);
+    let bytes = first.num_bytes();
+    let mut weights = vec![first];
+    while weights.len() < (CYCLED_BYTES / bytes).clamp(1, 64) {
+        weights.push(PackedWeight::from_f32(form, &values, inputs));
+    }
+    for rows in ROWS {
+        let x: Vec<f32> = (0..rows * inputs).map(noise).collect();
+        let mut out = vec![0.0; rows * outputs];
+        let mut turn = 0;
+        let seconds = best_seconds(|| {
+            turn += 1;
+            weights[turn % weights.len()].linear(best(), &x, None, &mut out);
+        });
+        let (read, operations) =
+            (bytes as f64 / seconds, 2.0 * (rows * values.len()) as f64 / seconds);
+        println!(
+            "{name:22} {rows:4} rows {:9.0} us {:6.1} GB/s ({:3.0} %) {:6.0} GFLOP/s ({:3.0} %)",
+            seconds * 1e6,
+            read / 1e9,
+            100.0 * read / bytes_per_second,
+            operations / 1e9,
+            100.0 * operations / flops,
+        );
+    }
 }
 
 /// One new token of a sequence with a thousand cached ones.
-fn decode_attention(criterion: &mut Criterion) {
+fn decode_attention() {
     let shape = AttentionShape { heads: 14, kv_heads: 2, head_dim: 64, scale: 0.125 };
     let context = 1024;
     let blocks: Vec<u32> = (0..).take(context / LANES).collect();
@@ -43,25 +89,56 @@ fn decode_attention(criterion: &mut Criterion) {
     let values: Vec<f32> = (0..blocks.len() * shape.value_block_len()).map(noise).collect();
     let queries: Vec<f32> = (0..shape.heads * shape.head_dim).map(noise).collect();
     let mut out = vec![0.0; queries.len()];
-    let mut group = criterion.benchmark_group("attention, 1 row on 1024");
-    for table in all() {
-        group.bench_function(table.name, |bencher| {
-            bencher.iter(|| {
-                let spans =
-                    [QuerySpan { rows: 0..1, first_position: context - 1, block_table: &blocks }];
-                let panels = KvPanels { keys: &keys, values: &values };
-                AttentionForward { shape, panels, queries: &queries, spans: &spans }
-                    .run(table, &mut out);
-            });
-        });
-    }
-    group.finish();
+    let seconds = best_seconds(|| {
+        let spans = [QuerySpan { rows: 0..1, first_position: context - 1, block_table: &blocks }];
+        let panels = KvPanels { keys: &keys, values: &values };
+        AttentionForward { shape, panels, queries: &queries, spans: &spans }.run(best(), &mut out);
+    });
+    println!("attention, 1 row on 1024: {:.1} us", seconds * 1e6);
 }
 
-#[allow(clippy::cast_precision_loss, reason = "a few bits of noise")]
+/// Bytes a second that all threads read from memory.
+fn read_bandwidth() -> f64 {
+    let data = vec![1_u64; 1 << 26];
+    let seconds = best_seconds(|| {
+        let sums = data.par_chunks(1 << 20).with_max_len(1);
+        black_box(sums.map(|chunk| chunk.iter().fold(0_u64, |a, b| a.wrapping_add(*b))).max());
+    });
+    (data.len() * size_of::<u64>()) as f64 / seconds
+}
+
+/// Multiplications and additions a second that all threads do on values in the first-level cache: the
+/// product itself, with so few terms and columns that nothing else counts.
+fn multiply_add_peak() -> f64 {
+    let (rows, inputs, outputs, times) = (96, 256, 32, 64);
+    let values: Vec<f32> = (0..inputs * outputs).map(noise).collect();
+    let weight = PackedWeight::from_f32(WeightForm::F32, &values, inputs);
+    let x: Vec<f32> = (0..rows * inputs).map(noise).collect();
+    let threads = rayon::current_num_threads();
+    let seconds = best_seconds(|| {
+        (0..threads).into_par_iter().with_max_len(1).for_each(|_| {
+            let mut out = vec![0.0; rows * outputs];
+            for _ in 0..times {
+                weight.linear(best(), &x, None, &mut out);
+            }
+            black_box(&out);
+        });
+    });
+    (2 * threads * times * rows * inputs * outputs) as f64 / seconds
+}
+
+fn best_seconds(mut run: impl FnMut()) -> f64 {
+    run();
+    let mut best = f64::INFINITY;
+    let start = Instant::now();
+    while start.elapsed() < WINDOW {
+        let once = Instant::now();
+        run();
+        best = best.min(once.elapsed().as_secs_f64());
+    }
+    best
+}
+
 fn noise(seed: usize) -> f32 {
     (seed.wrapping_mul(2_654_435_761) >> 7 & 0xFFFF) as f32 / 65_536.0 - 0.5
 }
-
-criterion_group!(benches, linear, decode_attention);
-criterion_main!(benches);

@@ -11,7 +11,10 @@ use tunesmith::{
     adapters::LoraAdapter,
     kernels::AttentionShape,
     model::{Decoder, DeltaRows, ModelConfig, Step, StepSequence, WeightMode},
-    ops,
+    ops::{
+        self,
+        weight::{Precision, Weight},
+    },
 };
 
 type Op<'a> = dyn Fn(&[Tensor]) -> Result<Tensor> + 'a;
@@ -67,35 +70,64 @@ fn every_operation_has_the_gradient_of_its_forward() {
     let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 6, scale: 0.4 };
     let sequences: Arc<[Range<usize>]> = [0..3, 3..23].into();
     check("add", &[&[3, 4], &[3, 4]], &|x| ops::add::add(&x[0], &x[1]));
-    check("linear", &[&[5, 7], &[3, 7]], &|x| ops::linear::linear(&x[0], &x[1], None));
+    check("linear", &[&[5, 7], &[3, 7]], &|x| {
+        ops::linear::linear(&x[0], &x[1].clone().into(), None)
+    });
     check("linear with bias", &[&[5, 7], &[3, 7], &[3]], &|x| {
-        ops::linear::linear(&x[0], &x[1], Some(&x[2]))
+        ops::linear::linear(&x[0], &x[1].clone().into(), Some(&x[2]))
     });
     check("rms_norm", &[&[5, 19], &[19]], &|x| ops::rms_norm::rms_norm(&x[0], &x[1], 1e-5));
     check("silu_mul", &[&[5, 19], &[5, 19]], &|x| ops::gated_mlp::silu_mul(&x[0], &x[1]));
     check("rope", &[&[5, 8]], &|x| ops::rope::rope(&x[0], &angles));
-    check("embedding", &[&[6, 4]], &|x| ops::embedding::embedding(&x[0], &[1, 5, 1, 0]));
+    check("embedding", &[&[6, 4]], &|x| {
+        ops::embedding::embedding(&x[0].clone().into(), &[1, 5, 1, 0])
+    });
     check("dropout", &[&[6, 40]], &|x| ops::dropout::dropout(&x[0], 0.3, 9));
     check("lora", &[&[5, 7], &[3, 7], &[11, 3]], &|x| ops::lora::lora(&x[0], &x[1], &x[2], 1.5));
     check("attention", &[&[23, 24], &[23, 12], &[23, 12]], &|x| {
         ops::attention::attention(&x[0], &x[1], &x[2], shape, &sequences)
     });
     check("cross_entropy", &[&[4, 6], &[9, 6]], &|x| {
-        ops::cross_entropy::cross_entropy(&x[0], &x[1], &[1, 8, 0, 3])?.narrow(0, 0, 1)
+        ops::cross_entropy::cross_entropy(&x[0], &x[1].clone().into(), &[1, 8, 0, 3])?
+            .narrow(0, 0, 1)
     });
 }
 
 #[test]
-fn a_frozen_linear_gives_its_input_the_gradient_of_a_trainable_one() {
+fn packed_weights_give_the_values_and_gradients_of_plain_ones_bit_for_bit() {
     let mut rng = ChaCha8Rng::seed_from_u64(3);
-    let x = Var::from_tensor(&random(&mut rng, &[5, 18])).unwrap();
-    let (weight, bias) = (random(&mut rng, &[7, 18]), random(&mut rng, &[7]));
-    let slope = |weight: &Tensor| {
-        let out = ops::linear::linear(&x, weight, Some(&bias)).unwrap();
-        let grads = out.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+    let x = Var::from_tensor(&random(&mut rng, &[21, 1030])).unwrap();
+    let (weight, bias) = (random(&mut rng, &[530, 1030]), random(&mut rng, &[530]));
+    let run = |weight: &Weight, bias: Option<&Tensor>| {
+        let out = ops::linear::linear(&x, weight, bias).unwrap();
+        let losses = ops::cross_entropy::cross_entropy(&x, weight, &[9; 21]).unwrap();
+        let sum =
+            (out.sqr().unwrap().sum_all().unwrap() + losses.get(0).unwrap().sum_all()).unwrap();
+        let grads = sum.backward().unwrap();
+        let rows = ops::embedding::embedding(weight, &[0, 17, 529]).unwrap();
+        [&out, &losses, grads.get(&x).unwrap(), &rows]
+            .map(|tensor| tensor.to_vec2::<f32>().unwrap())
+    };
+    let packed = Weight::pack_tensor(Precision::Exact, &weight).unwrap();
+    let plain = Var::from_tensor(&weight).unwrap().as_tensor().clone().into();
+    assert_eq!(run(&packed, Some(&bias)), run(&plain, Some(&bias)));
+    assert_eq!(run(&packed, None), run(&plain, None));
+}
+
+#[test]
+fn the_gradient_under_a_rounded_weight_is_that_of_the_weight_as_rounded() {
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    let x = Var::from_tensor(&random(&mut rng, &[5, 70])).unwrap();
+    let slope = |weight: &Weight| {
+        let out = ops::linear::linear(&x, weight, None).unwrap();
+        let grads = out.sum_all().unwrap().backward().unwrap();
         grads.get(&x).unwrap().to_vec2::<f32>().unwrap()
     };
-    assert_eq!(slope(&weight), slope(Var::from_tensor(&weight).unwrap().as_tensor()));
+    for precision in [Precision::Int8, Precision::Int4] {
+        let rounded = Weight::pack_tensor(precision, &random(&mut rng, &[40, 70])).unwrap();
+        let same = Weight::pack_tensor(Precision::Exact, &rounded.to_tensor().unwrap()).unwrap();
+        assert_eq!(slope(&rounded), slope(&same), "{precision:?}");
+    }
 }
 
 #[test]

@@ -7,12 +7,16 @@ use proptest::prelude::*;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tunesmith::kernels::{
-    AttentionBackward, AttentionForward, AttentionShape, Kernels, KvPanels, LANES, LinearJob,
-    MatmulJob, QuerySpan, RmsNormGradient, Weight, all,
+    AttentionBackward, AttentionForward, AttentionShape, GROUP, Kernels, KvPanels, LANES,
+    MatmulJob, PackedWeight, QuerySpan, RmsNormGradient, WeightForm, all,
 };
 
 fn random(rng: &mut ChaCha8Rng, count: usize) -> Vec<f32> {
     (0..count).map(|_| rng.random::<f32>() * 2.0 - 1.0).collect()
+}
+
+fn difference_of(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).fold(0.0_f32, |max, (a, b)| max.max((a - b).abs()))
 }
 
 /// The greatest difference, relative to the greatest magnitude.
@@ -22,41 +26,127 @@ fn difference(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).fold(0.0_f32, |max, (a, b)| max.max((a - b).abs())) / scale
 }
 
-fn linear<W: Weight>(kernels: &Kernels, x: &[f32], w: &[W], bias: &[f32], k: usize) -> Vec<f32> {
-    let n = bias.len();
-    let mut out = vec![0.0; x.len() / k * n];
-    let job = LinearJob { x, weight: w, bias: Some(bias), in_features: k, out_features: n };
-    job.run(kernels, &mut out);
+const FORMS: [WeightForm; 5] =
+    [WeightForm::F32, WeightForm::F16, WeightForm::Bf16, WeightForm::Int8, WeightForm::Int4];
+
+fn linear(kernels: &Kernels, x: &[f32], weight: &PackedWeight, bias: &[f32]) -> Vec<f32> {
+    let [n, k] = weight.shape();
+    let mut out = vec![f32::NAN; x.len() / k * n];
+    weight.linear(kernels, x, Some(bias), &mut out);
     out
 }
 
-fn check_linear<W: Weight>(x: &[f32], w: &[W], bias: &[f32], k: usize) {
-    let tables = all();
-    let portable = linear(tables[0], x, w, bias, k);
-    for table in tables {
-        let out = linear(table, x, w, bias, k);
-        assert!(difference(&out, &portable) < 2e-5, "{}", table.name);
-        let n = bias.len();
-        for (index, row) in x.chunks(k).enumerate() {
-            let alone = linear(table, row, w, bias, k);
-            assert_eq!(alone, &out[index * n..(index + 1) * n], "{} row {index}", table.name);
-        }
+/// The weight as it is held, row by row.
+fn rows_of(weight: &PackedWeight) -> Vec<f32> {
+    let [n, k] = weight.shape();
+    let mut rows = vec![0.0; n * k];
+    for (index, row) in rows.chunks_mut(k).enumerate() {
+        weight.row(index, row);
     }
+    rows
+}
+
+/// `a [m, k] b [n, k]^T`, in f64.
+fn product(a: &[f32], b: &[f32], k: usize) -> Vec<f32> {
+    let dot = |a: &[f32], b: &[f32]| -> f64 {
+        a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+    };
+    a.chunks(k).flat_map(|a| b.chunks(k).map(move |b| dot(a, b) as f32)).collect()
 }
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..Default::default() })]
 
     #[test]
-    fn linear_is_the_same_everywhere_and_row_by_row(
-        rows in 1_usize..70, k in 1_usize..90, n in 1_usize..40, seed in any::<u64>(),
+    fn packed_products_are_the_same_everywhere_and_row_by_row(
+        rows in 1_usize..71, k in 1_usize..1100, n in 1_usize..150, seed in any::<u64>(),
     ) {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let (x, w) = (random(&mut rng, rows * k), random(&mut rng, n * k));
-        let bias = random(&mut rng, n);
-        check_linear(&x, &w, &bias, k);
-        check_linear(&x, &w.iter().map(|w| bf16::from_f32(*w)).collect::<Vec<_>>(), &bias, k);
-        check_linear(&x, &w.iter().map(|w| f16::from_f32(*w)).collect::<Vec<_>>(), &bias, k);
+        let (bias, grad) = (random(&mut rng, n), random(&mut rng, rows * n));
+        for form in FORMS {
+            let weight = PackedWeight::from_f32(form, &w, k);
+            let held = rows_of(&weight);
+            // 1. The right values: for small integers, but for the rounding of x.
+            let mut expected = product(&x, &held, k);
+            expected.chunks_mut(n).for_each(|row| {
+                row.iter_mut().zip(&bias).for_each(|(out, bias)| *out += bias);
+            });
+            let bound = if form.is_exact() { 2e-5 } else { 2e-2 };
+            let portable = linear(all()[0], &x, &weight, &bias);
+            prop_assert!(difference(&portable, &expected) < bound, "{form:?}");
+            let turned: Vec<f32> = (0..k * n).map(|i| held[i % n * k + i / n]).collect();
+            let expected_grad = product(&grad, &turned, n);
+            for table in all() {
+                // 2. The same on all instruction sets, but for the fusion of multiply and add.
+                let out = linear(table, &x, &weight, &bias);
+                prop_assert!(difference(&out, &portable) < 2e-5, "{form:?} {}", table.name);
+                // 3. A row is bit for bit the row alone, and in any other batch.
+                for size in [1, 3, 7, 13] {
+                    for (index, part) in x.chunks(size * k).enumerate().take(6) {
+                        let alone = linear(table, part, &weight, &bias);
+                        let at = index * size * n;
+                        prop_assert_eq!(&alone, &out[at..at + alone.len()], "{:?}", form);
+                    }
+                }
+                // 4. The gradient of x.
+                let mut grad_x = vec![f32::NAN; rows * k];
+                weight.input_gradient(table, &grad, &mut grad_x);
+                prop_assert!(difference(&grad_x, &expected_grad) < 2e-5, "{form:?} {}", table.name);
+            }
+        }
+    }
+
+    #[test]
+    fn rows_that_are_not_packed_give_the_bits_of_packed_ones(
+        rows in 1_usize..40, k in 1_usize..1100, n in 1_usize..70, seed in any::<u64>(),
+    ) {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let (x, w) = (random(&mut rng, rows * k), random(&mut rng, n * k));
+        let grad = random(&mut rng, rows * n);
+        let weight = PackedWeight::from_f32(WeightForm::F32, &w, k);
+        for table in all() {
+            let [mut packed, mut plain] = [(); 2].map(|()| vec![0.0; rows * n]);
+            weight.linear(table, &x, None, &mut packed);
+            tunesmith::kernels::linear(table, &x, &w, k, &mut plain);
+            prop_assert_eq!(packed, plain);
+            let [mut packed, mut plain] = [(); 2].map(|()| vec![0.0; rows * k]);
+            weight.input_gradient(table, &grad, &mut packed);
+            tunesmith::kernels::input_gradient(table, &grad, &w, k, &mut plain);
+            prop_assert_eq!(packed, plain);
+        }
+    }
+
+    #[test]
+    fn packing_is_lossless_or_within_the_bounds_of_rounding(
+        k in 1_usize..200, n in 1_usize..40, size in -30_i32..10, seed in any::<u64>(),
+    ) {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let w: Vec<f32> =
+            random(&mut rng, n * k).into_iter().map(|w| w * 2.0_f32.powi(size)).collect();
+        for form in FORMS {
+            let weight = PackedWeight::from_f32(form, &w, k);
+            let bytes: Vec<u8> = match form {
+                WeightForm::F16 => w.iter().flat_map(|w| f16::from_f32(*w).to_le_bytes()).collect(),
+                WeightForm::Bf16 => w.iter().flat_map(|w| bf16::from_f32(*w).to_le_bytes()).collect(),
+                WeightForm::F32 | WeightForm::Int8 | WeightForm::Int4 => {
+                    w.iter().flat_map(|w| w.to_le_bytes()).collect()
+                }
+            };
+            if form.is_exact() {
+                prop_assert_eq!(weight.unpack(), bytes, "{:?}", form);
+                continue;
+            }
+            // Half a step of the greatest magnitude of a group: of 127 steps, or of 8; a scale chosen
+            // for the least squared error may cut the greatest off by up to an eighth of it.
+            let share = if form == WeightForm::Int8 { 0.5 / 126.0 } else { 0.16 };
+            for (held, row) in rows_of(&weight).chunks(k).zip(w.chunks(k)) {
+                for (held, group) in held.chunks(GROUP).zip(row.chunks(GROUP)) {
+                    let greatest = group.iter().fold(0.0_f32, |max, w| max.max(w.abs()));
+                    prop_assert!(difference_of(held, group) <= share * greatest, "{form:?}");
+                }
+            }
+        }
     }
 
     #[test]
@@ -252,4 +342,89 @@ fn check_slope(
         .sum();
     let size: f64 = grads.iter().flatten().map(|grad| f64::from(*grad).powi(2)).sum::<f64>().sqrt();
     assert!((numeric - analytic).abs() < 2e-2 * size.max(0.1), "{numeric} against {analytic}");
+}
+
+/// A buffer between two pages that must not be touched: the kernels read and write nothing beside it.
+struct Guarded {
+    pages: *mut libc::c_void,
+    length: usize,
+    at: usize,
+    count: usize,
+}
+
+impl Guarded {
+    /// `values`, with the last one (or else the first one) right beside a guard page.
+    #[allow(unsafe_code, reason = "memory with a guard cannot be had otherwise")]
+    fn new(values: &[f32], at_end: bool) -> Self {
+        const PAGE: usize = 4096;
+        let bytes = std::mem::size_of_val(values);
+        let inner = bytes.next_multiple_of(PAGE);
+        let length = inner + 2 * PAGE;
+        let at = PAGE + if at_end { inner - bytes } else { 0 };
+        // SAFETY: a fresh private mapping of `length` bytes; the middle of it is made writable and
+        // holds `values.len()` floats at `at`, a multiple of four.
+        let pages = unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            let pages = libc::mmap(std::ptr::null_mut(), length, libc::PROT_NONE, flags, -1, 0);
+            assert_ne!(pages, libc::MAP_FAILED);
+            let middle = pages.byte_add(PAGE);
+            assert_eq!(libc::mprotect(middle, inner, libc::PROT_READ | libc::PROT_WRITE), 0);
+            let to = pages.byte_add(at).cast::<f32>();
+            std::ptr::copy_nonoverlapping(values.as_ptr(), to, values.len());
+            pages
+        };
+        Self { pages, length, at, count: values.len() }
+    }
+
+    #[allow(unsafe_code, reason = "as above")]
+    fn slice(&mut self) -> &mut [f32] {
+        // SAFETY: `new` put `count` floats there; the borrow is that of `self`.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.pages.byte_add(self.at).cast::<f32>(), self.count)
+        }
+    }
+}
+
+impl Drop for Guarded {
+    #[allow(unsafe_code, reason = "as above")]
+    fn drop(&mut self) {
+        // SAFETY: the mapping of `new`, used by nobody any more.
+        assert_eq!(unsafe { libc::munmap(self.pages, self.length) }, 0);
+    }
+}
+
+#[test]
+fn nothing_beside_the_buffers_is_touched() {
+    let mut rng = ChaCha8Rng::seed_from_u64(9);
+    for (rows, k, n) in
+        [(1, 1, 1), (2, 33, 17), (7, 64, 50), (8, 515, 16), (13, 47, 33), (29, 97, 130)]
+    {
+        let (x, w) = (random(&mut rng, rows * k), random(&mut rng, n * k));
+        let (bias, y) = (random(&mut rng, n), random(&mut rng, rows * n));
+        for at_end in [false, true] {
+            let [mut x, mut w, mut bias, mut y] =
+                [&x, &w, &bias, &y].map(|values| Guarded::new(values, at_end));
+            let mut dx = Guarded::new(&vec![0.0; rows * k], at_end);
+            for table in all() {
+                for form in FORMS {
+                    let weight = PackedWeight::from_f32(form, w.slice(), k);
+                    weight.linear(table, x.slice(), Some(bias.slice()), y.slice());
+                    weight.input_gradient(table, y.slice(), dx.slice());
+                }
+                tunesmith::kernels::linear(table, x.slice(), w.slice(), k, y.slice());
+                tunesmith::kernels::input_gradient(table, y.slice(), w.slice(), k, dx.slice());
+                let (a_strides, shape) = ((k, 1), (rows, k, 1));
+                let job = MatmulJob {
+                    a: x.slice(),
+                    a_strides,
+                    b: w.slice(),
+                    shape,
+                    alpha: 1.0,
+                    accumulate: false,
+                };
+                let mut out = Guarded::new(&vec![0.0; rows], at_end);
+                job.run(table, out.slice());
+            }
+        }
+    }
 }

@@ -12,7 +12,10 @@ use super::{
     site::{Matrix, tensor_name},
 };
 use crate::model::{Delta, Dropout, ModelConfig, ModelError, Projection, Site};
-use crate::ops::{dropout::dropout, lora};
+use crate::ops::{
+    dropout::dropout,
+    lora::{self, LoraPart},
+};
 
 /// What a fresh adapter looks like.
 #[derive(Debug, Clone, PartialEq)]
@@ -45,6 +48,8 @@ pub struct LoraConfig {
 #[derive(Debug)]
 pub struct LoraAdapter {
     modules: BTreeMap<Site, LoraModule>,
+    /// The modules packed for serving; empty where they are trained.
+    parts: BTreeMap<Site, LoraPart>,
     /// By PEFT name, sorted; the same storage as the tensors in `modules`.
     variables: Vec<(String, Var)>,
     digest: String,
@@ -153,6 +158,7 @@ impl LoraAdapter {
 
     pub(super) fn from_parts(parts: LoraParts) -> Result<Self, AdapterError> {
         let mut modules = BTreeMap::new();
+        let mut served = BTreeMap::new();
         let mut variables = Vec::new();
         for (site, (mut a, mut b, alpha)) in parts.matrices {
             if parts.trainable {
@@ -164,12 +170,15 @@ impl LoraAdapter {
             }
             let rank = a.dim(0)? as f64;
             let scale = alpha / if parts.use_rslora { rank.sqrt() } else { rank };
+            if !parts.trainable {
+                served.insert(site, LoraPart::new(&a, &b, scale)?);
+            }
             modules.insert(site, LoraModule { a, b, scale, alpha });
         }
         variables.sort_by(|(left, _), (right, _)| left.cmp(right));
         let digest = digest(&modules)?;
         let LoraParts { dropout, use_rslora, num_layers, .. } = parts;
-        Ok(Self { modules, variables, digest, dropout, use_rslora, num_layers })
+        Ok(Self { modules, parts: served, variables, digest, dropout, use_rslora, num_layers })
     }
 }
 
@@ -192,8 +201,11 @@ impl Delta for LoraAdapter {
     ) -> Result<Tensor, ModelError> {
         let Some(module) = self.modules.get(&site) else { return Ok(output) };
         let LoraModule { a, b, scale, .. } = module;
-        if ![input, &output, a, b].into_iter().any(Tensor::track_op) {
-            lora::add_rows_in_place(&output, input, rows, a, b, *scale)?;
+        if let Some(part) = self.parts.get(&site)
+            && !input.track_op()
+            && !output.track_op()
+        {
+            lora::add_in_place(&output, input, vec![(rows, part.clone())])?;
             return Ok(output);
         }
         let mut x = input.narrow(0, rows.start, rows.len())?; // [rows, in]
@@ -204,6 +216,14 @@ impl Delta for LoraAdapter {
         }
         let delta = lora::lora(&x, a, b, *scale)?; // [rows, out]
         Ok(add_rows(&output, &delta, rows)?)
+    }
+
+    fn part(&self, site: Site) -> Option<&LoraPart> {
+        self.parts.get(&site)
+    }
+
+    fn is_frozen(&self) -> bool {
+        self.variables.is_empty()
     }
 }
 

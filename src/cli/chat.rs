@@ -17,7 +17,7 @@ use crate::engine::{
     self, EngineConfig, EngineError, EngineHandle, GenerationEvent, GenerationRequest,
     GenerationStream, RequestOptions, SamplingParams,
 };
-use crate::model::WeightMode;
+use crate::model::Quantization;
 use crate::text::{ChatTemplate, Detokenizer, Tokenizer};
 
 /// Memory for keys and values of the one conversation, in bytes.
@@ -44,6 +44,9 @@ pub(super) struct ChatArgs {
     /// 0 = the most likely token each time
     #[arg(long, default_value_t = 0.0)]
     temperature: f32,
+    /// Hold the base in 8 bits, or its projections in 4: less memory, faster, a little less exact
+    #[arg(long, value_name = "none|int8|int4", default_value = "none")]
+    quantize: Quantization,
     /// Threads of the tensor operations [default: all cores]
     #[arg(long)]
     threads: Option<usize>,
@@ -109,7 +112,7 @@ struct Conversation {
 
 impl Conversation {
     fn open(args: &ChatArgs) -> anyhow::Result<Self> {
-        let model = load_model(&args.model, WeightMode::Frozen)?;
+        let model = load_model(&args.model, args.quantize.into())?;
         let registry = AdapterRegistry::new(model.decoder.config().clone())
             .with_base_fingerprint(model.decoder.fingerprint());
         let load = |dir: &PathBuf| {

@@ -22,7 +22,7 @@ use crate::engine::{self, EngineConfig};
 use crate::eval::{
     Arm, EvalReport, Requirement, Runner, arms, html, parse_arms, report::Metadata, table,
 };
-use crate::model::WeightMode;
+use crate::model::Quantization;
 use crate::publish::{publish_file, sha256_file};
 
 /// Memory for keys and values while evaluating, in bytes.
@@ -75,6 +75,9 @@ pub(super) struct EvalArgs {
     /// Chooses the few-shot rows and seeds the bootstrap
     #[arg(long, default_value_t = 42)]
     pub(super) seed: u64,
+    /// Hold the base in 8 bits, or its projections in 4: less memory, faster, a little less exact
+    #[arg(long, value_name = "none|int8|int4", default_value = "none")]
+    pub(super) quantize: Quantization,
     /// Threads of the tensor operations [default: all cores]
     #[arg(long)]
     pub(super) threads: Option<usize>,
@@ -121,7 +124,7 @@ pub(super) fn evaluate(args: &EvalArgs) -> anyhow::Result<EvalReport> {
     let left_out = rows.split_off(args.limit.unwrap_or(rows.len()).min(rows.len()));
     let examples = example_rows(args, &arms, left_out)?;
 
-    let model = load_model(&args.model, WeightMode::Frozen)?;
+    let model = load_model(&args.model, args.quantize.into())?;
     let versions = load_adapters(&model, &adapters)?;
     let metadata = Metadata {
         model: args.model.clone(),

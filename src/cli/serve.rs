@@ -27,7 +27,7 @@ use super::{
 use crate::adapters::AdapterRegistry;
 use crate::api::{self, AdapterRoots, ApiKeys, AppState, ServerConfig, Services};
 use crate::engine::{self, EngineConfig};
-use crate::model::{ModelConfig, WeightMode};
+use crate::model::ModelConfig;
 use crate::telemetry;
 
 const DEFAULT_HOST: &str = "127.0.0.1";
@@ -49,7 +49,7 @@ pub fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let address = address(&args)?;
     let keys = keys(&args, address.ip())?;
     let model = args.model.as_deref().context("--model is required (or `model:` in --config)")?;
-    let loaded = load_model(model, WeightMode::Frozen)?;
+    let loaded = load_model(model, args.quantize.unwrap_or_default().into())?;
     telemetry::install_metrics();
     let needs_key = !keys.is_empty();
     let access = Access { local_only: !needs_key && address.ip().is_loopback(), keys };

@@ -1,22 +1,28 @@
-//! x86-64 with AVX-512F: one register of sixteen lanes.
+//! x86-64 with AVX-512 (F, BW, VNNI): one register of sixteen lanes.
 
 use std::arch::x86_64::{
-    __m256i, __m512, _mm256_add_ps, _mm256_loadu_si256, _mm512_add_ps, _mm512_castps512_ps256,
-    _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_div_ps, _mm512_fmadd_ps,
-    _mm512_loadu_ps, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_roundscale_ps,
-    _mm512_scalef_ps, _mm512_set1_ps, _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_storeu_ps,
+    __m128i, __m256i, __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm_storeu_si128, _mm256_add_ps,
+    _mm256_loadu_si256, _mm512_add_ps, _mm512_and_si512, _mm512_castpd_ps, _mm512_castps_pd,
+    _mm512_castps512_ps256, _mm512_castsi512_ps, _mm512_cvtepi32_epi8, _mm512_cvtepi32_ps,
+    _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_cvtps_epi32, _mm512_div_ps, _mm512_dpbusd_epi32,
+    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_max_ps, _mm512_min_ps,
+    _mm512_mul_ps, _mm512_roundscale_ps, _mm512_scalef_ps, _mm512_set1_epi8, _mm512_set1_epi32,
+    _mm512_set1_ps, _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_srli_epi16, _mm512_storeu_ps,
+    _mm512_sub_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpacklo_ps,
 };
 
 use half::{bf16, f16};
 
 use super::{avx2::sum_of_eight, simd::Simd};
 
-/// AVX-512F.
+/// AVX-512: F, BW, VNNI.
 #[derive(Clone, Copy)]
 pub(super) struct Avx512;
 
 impl Simd for Avx512 {
     type V = __m512;
+    type I = __m512i;
+    type B = __m512i;
     #[inline(always)]
     unsafe fn splat(value: f32) -> __m512 {
         // SAFETY: features by the trait's contract, here and in every function below.
@@ -49,6 +55,11 @@ impl Simd for Avx512 {
     unsafe fn add(a: __m512, b: __m512) -> __m512 {
         // SAFETY: lane arithmetic.
         unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: lane arithmetic.
+        unsafe { _mm512_sub_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn mul(a: __m512, b: __m512) -> __m512 {
@@ -85,6 +96,94 @@ impl Simd for Avx512 {
         // SAFETY: lane arithmetic.
         unsafe { _mm512_scalef_ps(a, n) }
     }
+    #[inline(always)]
+    unsafe fn load_bf16_pairs(from: *const bf16) -> [__m512; 2] {
+        // SAFETY: thirty-two elements are readable by contract; a bf16 is the upper half of an f32.
+        unsafe {
+            let pairs = _mm512_loadu_si512(from.cast::<__m512i>());
+            let second = _mm512_and_si512(pairs, _mm512_set1_epi32(0xFFFF_0000_u32.cast_signed()));
+            [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)), _mm512_castsi512_ps(second)]
+        }
+    }
+    #[inline(always)]
+    unsafe fn splat_int(value: i32) -> __m512i {
+        // SAFETY: lane arithmetic.
+        unsafe { _mm512_set1_epi32(value) }
+    }
+    #[inline(always)]
+    unsafe fn int_to_f32(a: __m512i) -> __m512 {
+        // SAFETY: lane arithmetic.
+        unsafe { _mm512_cvtepi32_ps(a) }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const u8) -> __m512i {
+        // SAFETY: 64 bytes are readable by contract.
+        unsafe { _mm512_loadu_si512(from.cast::<__m512i>()) }
+    }
+    #[inline(always)]
+    unsafe fn low_nibbles(a: __m512i) -> __m512i {
+        // SAFETY: lane arithmetic.
+        unsafe { _mm512_and_si512(a, _mm512_set1_epi8(15)) }
+    }
+    #[inline(always)]
+    unsafe fn high_nibbles(a: __m512i) -> __m512i {
+        // SAFETY: lane arithmetic.
+        unsafe { _mm512_and_si512(_mm512_srli_epi16::<4>(a), _mm512_set1_epi8(15)) }
+    }
+    #[inline(always)]
+    unsafe fn dot(sum: __m512i, bytes: __m512i, four: i32) -> __m512i {
+        // SAFETY: lane arithmetic.
+        unsafe { _mm512_dpbusd_epi32(sum, bytes, _mm512_set1_epi32(four)) }
+    }
+    #[inline(always)]
+    unsafe fn store_int8(to: *mut i8, value: __m512) {
+        // SAFETY: sixteen bytes are writable by contract.
+        unsafe {
+            let bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(value));
+            _mm_storeu_si128(to.cast::<__m128i>(), bytes);
+        }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(address: *const u8) {
+        // SAFETY: a prefetch of any address is allowed.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast::<i8>()) }
+    }
+    /// By blocks of 2, 4, 8 and 16 columns.
+    #[inline(always)]
+    unsafe fn transpose(rows: [__m512; 16]) -> [__m512; 16] {
+        let mut pairs = rows;
+        let mut fours = rows;
+        let mut out = rows;
+        // SAFETY: lane arithmetic.
+        unsafe {
+            for i in 0..8 {
+                let (a, b) = (rows[2 * i], rows[2 * i + 1]);
+                pairs[2 * i] = _mm512_unpacklo_ps(a, b);
+                pairs[2 * i + 1] = _mm512_unpackhi_ps(a, b);
+            }
+            let double = |v| _mm512_castps_pd(v);
+            for i in 0..4 {
+                let [a, b, c, d] = [0, 1, 2, 3].map(|j| double(pairs[4 * i + j]));
+                fours[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+                fours[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+                fours[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+                fours[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+            }
+            // Quarter q of fours[4 i + c] holds rows 4 i .. 4 i + 4 of column 4 q + c.
+            for c in 0..4 {
+                let [a, b, d, e] = [0, 4, 8, 12].map(|i| fours[i + c]);
+                let even = _mm512_shuffle_f32x4::<0x88>(a, b);
+                let even_last = _mm512_shuffle_f32x4::<0x88>(d, e);
+                let odd = _mm512_shuffle_f32x4::<0xDD>(a, b);
+                let odd_last = _mm512_shuffle_f32x4::<0xDD>(d, e);
+                out[c] = _mm512_shuffle_f32x4::<0x88>(even, even_last);
+                out[8 + c] = _mm512_shuffle_f32x4::<0xDD>(even, even_last);
+                out[4 + c] = _mm512_shuffle_f32x4::<0x88>(odd, odd_last);
+                out[12 + c] = _mm512_shuffle_f32x4::<0xDD>(odd, odd_last);
+            }
+        }
+        out
+    }
     /// The same tree as the default, without a detour through memory.
     #[inline(always)]
     unsafe fn sum(a: __m512) -> f32 {
@@ -96,4 +195,5 @@ impl Simd for Avx512 {
     }
 }
 
-kernels_for!(Avx512, "avx512", #[target_feature(enable = "avx512f,avx2,fma,f16c")]);
+kernels_for!(Avx512, "avx512", (8, 12, 4, 2), (8, 2),
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]);

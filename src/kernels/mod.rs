@@ -3,8 +3,8 @@
 //! Knows vector instructions and threads. Must never know tensors, models or requests. All
 //! `unsafe` of the crate is here (and in one `mmap` line of the weight reader).
 //!
-//! The arithmetic is written once (`gemm.rs`, `attention.rs`, `rows.rs`), generic over what sixteen
-//! lanes are (`simd.rs`); `portable.rs`, `avx2.rs` and `avx512.rs` say that for their instructions.
+//! The arithmetic is written once (`product.rs`, `quant_product.rs`, `turned.rs`, `lora.rs`, `gemm.rs`,
+//! `attention.rs`, `rows.rs`), generic over what sixteen lanes are (`simd.rs`); `portable.rs`, `avx2.rs` and `avx512.rs` say that for their instructions.
 //!
 //! Every output element is summed in an order that depends on its own inputs only, never on the
 //! number of rows, the tile or the thread that computes it: a row of a batch is bit for bit the row
@@ -19,14 +19,23 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod gemm;
+mod lora;
+mod panels;
 mod portable;
+mod product;
+mod quant_product;
+mod quantize;
 mod rows;
 mod simd;
 mod threads;
+mod turned;
 
 pub use attention::{AttentionBackward, AttentionForward, AttentionShape, KvPanels, QuerySpan};
-pub use gemm::{LinearJob, MatmulJob};
+pub use gemm::MatmulJob;
+pub use lora::{LoraSegment, add_lora};
+pub use panels::{GROUP, PackedWeight, WeightForm};
 pub use rows::RmsNormGradient;
-pub use simd::{LANES, Weight};
+pub use simd::LANES;
 pub use table::{Kernels, all, best};
 pub use threads::{claim_threads, for_each_range, for_each_rows, for_each_rows_of_two};
+pub use turned::{input_gradient, linear};

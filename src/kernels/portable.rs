@@ -17,6 +17,8 @@ fn map2(a: V, b: V, f: impl Fn(f32, f32) -> f32) -> V {
 
 impl Simd for Portable {
     type V = V;
+    type I = [i32; LANES];
+    type B = [[u8; 4]; LANES];
     #[inline(always)]
     unsafe fn splat(value: f32) -> V {
         [value; LANES]
@@ -44,6 +46,10 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn add(a: V, b: V) -> V {
         map2(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    unsafe fn sub(a: V, b: V) -> V {
+        map2(a, b, |a, b| a - b)
     }
     #[inline(always)]
     unsafe fn mul(a: V, b: V) -> V {
@@ -75,6 +81,48 @@ impl Simd for Portable {
         #[allow(clippy::cast_possible_truncation)]
         map2(a, n, |a, n| a * f32::from_bits(((n as i32 + 127) << 23).cast_unsigned()))
     }
+    #[inline(always)]
+    unsafe fn load_bf16_pairs(from: *const bf16) -> [V; 2] {
+        // SAFETY: thirty-two elements are readable by the trait's contract.
+        let pairs = unsafe { from.cast::<[[bf16; 2]; LANES]>().read_unaligned() };
+        [pairs.map(|pair| pair[0].to_f32()), pairs.map(|pair| pair[1].to_f32())]
+    }
+    #[inline(always)]
+    unsafe fn splat_int(value: i32) -> [i32; LANES] {
+        [value; LANES]
+    }
+    #[inline(always)]
+    unsafe fn int_to_f32(a: [i32; LANES]) -> V {
+        a.map(|lane| lane as f32)
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const u8) -> [[u8; 4]; LANES] {
+        // SAFETY: 64 bytes are readable by the trait's contract.
+        unsafe { from.cast::<[[u8; 4]; LANES]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn low_nibbles(a: [[u8; 4]; LANES]) -> [[u8; 4]; LANES] {
+        a.map(|four| four.map(|byte| byte & 15))
+    }
+    #[inline(always)]
+    unsafe fn high_nibbles(a: [[u8; 4]; LANES]) -> [[u8; 4]; LANES] {
+        a.map(|four| four.map(|byte| byte >> 4))
+    }
+    #[inline(always)]
+    unsafe fn dot(sum: [i32; LANES], bytes: [[u8; 4]; LANES], four: i32) -> [i32; LANES] {
+        let factors = four.to_le_bytes().map(|byte| i32::from(byte.cast_signed()));
+        std::array::from_fn(|lane| {
+            (0..4).fold(sum[lane], |sum, at| sum + i32::from(bytes[lane][at]) * factors[at])
+        })
+    }
+    #[inline(always)]
+    unsafe fn store_int8(to: *mut i8, value: V) {
+        #[allow(clippy::cast_possible_truncation)]
+        // SAFETY: sixteen elements are writable by the trait's contract.
+        unsafe {
+            to.cast::<[i8; LANES]>().write_unaligned(value.map(|lane| lane as i8));
+        }
+    }
 }
 
-kernels_for!(Portable, "portable", #[allow(clippy::inline_always)]);
+kernels_for!(Portable, "portable", (4, 4, 1, 1), (4, 1), #[allow(clippy::inline_always)]);

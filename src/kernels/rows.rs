@@ -26,7 +26,7 @@ unsafe fn get<S: Simd>(from: &[f32], at: usize, count: usize) -> S::V {
         if count == LANES {
             S::load(from.as_ptr().add(at))
         } else {
-            load_partial::<S, f32>(from.as_ptr().add(at), count)
+            load_partial::<S>(from.as_ptr().add(at), count)
         }
     }
 }

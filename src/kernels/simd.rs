@@ -1,4 +1,4 @@
-//! What sixteen lanes of f32 can do, and how a weight of any storage type becomes such lanes.
+//! What sixteen lanes can do, and how weights of any storage type become such lanes.
 
 use half::{bf16, f16};
 
@@ -10,19 +10,22 @@ pub const LANES: usize = 16;
 /// # Safety
 /// Every function needs a CPU with the implementation's features. Pointers must be valid for
 /// sixteen elements; alignment is not required.
-#[allow(
-    unreachable_pub,
-    reason = "named in the public trait `Weight`, which nobody else implements"
-)]
-pub trait Simd: Copy + 'static {
+pub(super) trait Simd: Copy + 'static {
     /// Sixteen f32.
     type V: Copy;
+    /// Sixteen i32.
+    type I: Copy;
+    /// Sixty-four bytes: four for each lane.
+    type B: Copy;
     unsafe fn splat(value: f32) -> Self::V;
     unsafe fn load(from: *const f32) -> Self::V;
     unsafe fn load_bf16(from: *const bf16) -> Self::V;
     unsafe fn load_f16(from: *const f16) -> Self::V;
+    /// Sixteen pairs: the first of each, and the second of each.
+    unsafe fn load_bf16_pairs(from: *const bf16) -> [Self::V; 2];
     unsafe fn store(to: *mut f32, value: Self::V);
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
     /// `a * b + c`.
@@ -33,6 +36,40 @@ pub trait Simd: Copy + 'static {
     unsafe fn round(a: Self::V) -> Self::V;
     /// `a * 2^n` for integral `n` in -126..=127.
     unsafe fn scale_pow2(a: Self::V, n: Self::V) -> Self::V;
+    unsafe fn splat_int(value: i32) -> Self::I;
+    unsafe fn int_to_f32(a: Self::I) -> Self::V;
+    /// `from` is valid for 64 bytes.
+    unsafe fn load_bytes(from: *const u8) -> Self::B;
+    unsafe fn low_nibbles(a: Self::B) -> Self::B;
+    unsafe fn high_nibbles(a: Self::B) -> Self::B;
+    /// Adds to each lane the product of its four unsigned bytes and the four signed ones of `four`,
+    /// exactly, for signed bytes of at least -127.
+    unsafe fn dot(sum: Self::I, bytes: Self::B, four: i32) -> Self::I;
+    /// The lanes, integral and in -128..=127, as sixteen bytes.
+    unsafe fn store_int8(to: *mut i8, value: Self::V);
+
+    /// Asks for a cache line; any address will do.
+    #[inline(always)]
+    unsafe fn prefetch(_address: *const u8) {}
+
+    /// Lane `j` of vector `i` becomes lane `i` of vector `j`.
+    #[inline(always)]
+    unsafe fn transpose(rows: [Self::V; LANES]) -> [Self::V; LANES] {
+        let mut square = [[0.0_f32; LANES]; LANES];
+        let mut turned = [[0.0_f32; LANES]; LANES];
+        // SAFETY: the arrays have sixteen elements; the CPU has the features by the contract.
+        unsafe {
+            for (to, row) in square.iter_mut().zip(rows) {
+                Self::store(to.as_mut_ptr(), row);
+            }
+            for (i, row) in square.iter().enumerate() {
+                for (j, value) in row.iter().enumerate() {
+                    turned[j][i] = *value;
+                }
+            }
+            turned.map(|row| Self::load(row.as_ptr()))
+        }
+    }
 
     /// The lanes' sum, always added as a balanced tree.
     #[inline(always)]
@@ -58,61 +95,48 @@ pub trait Simd: Copy + 'static {
     }
 }
 
-/// A storage type of weights.
-pub trait Weight: Copy + Send + Sync + Default + 'static {
-    /// The value as f32.
-    fn to_f32(self) -> f32;
-    /// Sixteen values as lanes.
-    ///
+/// A storage type of weights: how two successive terms of sixteen columns come out of a panel.
+pub(super) trait Weight: Copy + 'static {
     /// # Safety
-    /// As `Simd::load`.
-    #[doc(hidden)]
-    unsafe fn load<S: Simd>(from: *const Self) -> S::V;
-    /// The table's product for this type.
-    #[doc(hidden)]
-    fn linear(table: &super::Kernels) -> unsafe fn(&super::gemm::LinearTile<Self>);
-    /// The table's general product for this type.
-    #[doc(hidden)]
-    fn matmul(table: &super::Kernels) -> unsafe fn(&super::gemm::MatmulTile<Self>);
+    /// `from` is valid for 32 elements; the CPU has the features of `S`.
+    unsafe fn load_pair<S: Simd>(from: *const Self) -> [S::V; 2];
 }
 
-macro_rules! weight {
-    ($ty:ty, $to_f32:expr, $load:ident, $linear:ident, $matmul:ident) => {
-        impl Weight for $ty {
-            #[inline(always)]
-            fn to_f32(self) -> f32 {
-                $to_f32(self)
-            }
-            #[inline(always)]
-            unsafe fn load<S: Simd>(from: *const Self) -> S::V {
-                // SAFETY: the caller keeps the contract of `Simd::load`.
-                unsafe { S::$load(from) }
-            }
-            fn linear(table: &super::Kernels) -> unsafe fn(&super::gemm::LinearTile<Self>) {
-                table.$linear
-            }
-            fn matmul(table: &super::Kernels) -> unsafe fn(&super::gemm::MatmulTile<Self>) {
-                table.$matmul
-            }
-        }
-    };
+impl Weight for f32 {
+    #[inline(always)]
+    unsafe fn load_pair<S: Simd>(from: *const Self) -> [S::V; 2] {
+        // SAFETY: by contract.
+        unsafe { [S::load(from), S::load(from.add(LANES))] }
+    }
 }
 
-weight!(f32, |x| x, load, linear_f32, matmul_f32);
-weight!(bf16, bf16::to_f32, load_bf16, linear_bf16, matmul_bf16);
-weight!(f16, f16::to_f32, load_f16, linear_f16, matmul_f16);
+impl Weight for f16 {
+    #[inline(always)]
+    unsafe fn load_pair<S: Simd>(from: *const Self) -> [S::V; 2] {
+        // SAFETY: by contract.
+        unsafe { [S::load_f16(from), S::load_f16(from.add(LANES))] }
+    }
+}
+
+impl Weight for bf16 {
+    #[inline(always)]
+    unsafe fn load_pair<S: Simd>(from: *const Self) -> [S::V; 2] {
+        // SAFETY: by contract.
+        unsafe { S::load_bf16_pairs(from) }
+    }
+}
 
 /// The first `count` (< 16) elements at `from`; the other lanes are zero.
 ///
 /// # Safety
 /// `from` is valid for `count` elements; the CPU has the features of `S`.
 #[inline(always)]
-pub(super) unsafe fn load_partial<S: Simd, W: Weight>(from: *const W, count: usize) -> S::V {
-    let mut lanes = [W::default(); LANES];
+pub(super) unsafe fn load_partial<S: Simd>(from: *const f32, count: usize) -> S::V {
+    let mut lanes = [0.0_f32; LANES];
     // SAFETY: `count` elements are readable by contract, and fewer than sixteen are written.
     unsafe {
         std::ptr::copy_nonoverlapping(from, lanes.as_mut_ptr(), count.min(LANES));
-        W::load::<S>(lanes.as_ptr())
+        S::load(lanes.as_ptr())
     }
 }
 

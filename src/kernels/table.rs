@@ -2,21 +2,29 @@
 
 use std::sync::OnceLock;
 
-use half::{bf16, f16};
-
-use super::{attention, gemm, portable, rows};
+use super::{attention, gemm, lora, portable, product, quant_product, rows, turned};
 
 /// The functions of one instruction set. They are called only by the safe wrappers of this floor,
 /// which check lengths; [`best`] and [`all`] only hand out tables that this CPU can run.
 pub struct Kernels {
     /// Name of the instruction set, for logs and benches.
     pub name: &'static str,
-    pub(super) linear_f32: unsafe fn(&gemm::LinearTile<f32>),
-    pub(super) linear_bf16: unsafe fn(&gemm::LinearTile<bf16>),
-    pub(super) linear_f16: unsafe fn(&gemm::LinearTile<f16>),
-    pub(super) matmul_f32: unsafe fn(&gemm::MatmulTile<f32>),
-    pub(super) matmul_bf16: unsafe fn(&gemm::MatmulTile<bf16>),
-    pub(super) matmul_f16: unsafe fn(&gemm::MatmulTile<f16>),
+    /// Up to so many rows are multiplied as they are; more are tiled first.
+    pub(super) few_rows: usize,
+    /// Rows of a tile.
+    pub(super) row_tile: usize,
+    /// Rows of a tile of integers.
+    pub(super) quant_tile: usize,
+    pub(super) panels_f32: unsafe fn(&product::PanelTile),
+    pub(super) panels_f16: unsafe fn(&product::PanelTile),
+    pub(super) panels_bf16: unsafe fn(&product::PanelTile),
+    pub(super) panels_int8: unsafe fn(&quant_product::QuantTile),
+    pub(super) panels_int4: unsafe fn(&quant_product::QuantTile),
+    pub(super) quantize: unsafe fn(quant_product::QuantizeTile<'_>),
+    pub(super) turn: unsafe fn(turned::TurnTile<'_>),
+    pub(super) shrink: unsafe fn(&[lora::ShrinkSum], usize),
+    pub(super) expand: unsafe fn(&lora::ExpandTile<'_>),
+    pub(super) matmul: unsafe fn(&gemm::MatmulTile),
     pub(super) attention: unsafe fn(&attention::ForwardTile),
     pub(super) attention_backward: unsafe fn(&attention::BackwardTile),
     pub(super) rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
@@ -27,39 +35,63 @@ pub struct Kernels {
     pub(super) softmax_scaled: unsafe fn(&mut [f32], f32, f32),
 }
 
-/// Instantiates the generic bodies for one instruction set as `KERNELS`.
+/// Instantiates the generic bodies for one instruction set as `KERNELS`. The numbers are the sizes of
+/// its register tiles: rows that are few, rows of a tile, panels under few rows, panels under a tile;
+/// rows of a tile of integers and its panels.
 macro_rules! kernels_for {
-    ($simd:ty, $name:literal, #[$attribute:meta]) => {
-        kernels_for!(@ $simd, #[$attribute],
-            linear_f32(tile: &super::gemm::LinearTile<f32>) = gemm::linear_tile;
-            linear_bf16(tile: &super::gemm::LinearTile<half::bf16>) = gemm::linear_tile;
-            linear_f16(tile: &super::gemm::LinearTile<half::f16>) = gemm::linear_tile;
-            matmul_f32(tile: &super::gemm::MatmulTile<f32>) = gemm::matmul_tile;
-            matmul_bf16(tile: &super::gemm::MatmulTile<half::bf16>) = gemm::matmul_tile;
-            matmul_f16(tile: &super::gemm::MatmulTile<half::f16>) = gemm::matmul_tile;
-        );
-        kernels_for!(! $simd, #[$attribute],
-            attention(tile: &super::attention::ForwardTile) -> () = attention::forward_tile;
+    ($simd:ty, $name:literal, ($few:literal, $many:literal, $wide:literal, $nv:literal),
+     ($quant_many:literal, $quant_nv:literal), #[$attribute:meta]) => {
+        type F16 = half::f16;
+        type Bf16 = half::bf16;
+        kernels_for!(#[$attribute],
+            panels_f32(tile: &super::product::PanelTile) -> ()
+                = product::panel_tile::<$simd, f32, $few, $many, $wide, $nv>;
+            panels_f16(tile: &super::product::PanelTile) -> ()
+                = product::panel_tile::<$simd, F16, $few, $many, $wide, $nv>;
+            panels_bf16(tile: &super::product::PanelTile) -> ()
+                = product::panel_tile::<$simd, Bf16, $few, $many, $wide, $nv>;
+            panels_int8(tile: &super::quant_product::QuantTile) -> ()
+                = quant_product::quant_tile::<$simd, 8, $quant_many, $wide, $quant_nv>;
+            panels_int4(tile: &super::quant_product::QuantTile) -> ()
+                = quant_product::quant_tile::<$simd, 4, $quant_many, $wide, $quant_nv>;
+            quantize(tile: super::quant_product::QuantizeTile<'_>) -> ()
+                = quant_product::quantize_tile::<$simd>;
+            turn(tile: super::turned::TurnTile<'_>) -> () = turned::turn_tile::<$simd>;
+            shrink(sums: &[super::lora::ShrinkSum], terms: usize) -> ()
+                = lora::shrink_sums::<$simd>;
+            expand(tile: &super::lora::ExpandTile<'_>) -> () = lora::expand_tile::<$simd>;
+            matmul(tile: &super::gemm::MatmulTile) -> () = gemm::matmul_tile::<$simd>;
+            attention(tile: &super::attention::ForwardTile) -> ()
+                = attention::forward_tile::<$simd>;
             attention_backward(tile: &super::attention::BackwardTile) -> ()
-                = attention::backward_tile;
+                = attention::backward_tile::<$simd>;
             rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) -> ()
-                = rows::rms_norm;
+                = rows::rms_norm::<$simd>;
             rms_norm_backward(job: super::rows::RmsNormGradient<'_>) -> ()
-                = rows::rms_norm_backward;
-            silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) -> () = rows::silu_mul;
+                = rows::rms_norm_backward::<$simd>;
+            silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) -> ()
+                = rows::silu_mul::<$simd>;
             silu_mul_backward(job: super::rows::SiluMulGradient<'_>) -> ()
-                = rows::silu_mul_backward;
-            softmax_stats(x: &[f32]) -> (f32, f32) = rows::softmax_stats;
-            softmax_scaled(x: &mut [f32], max: f32, scale: f32) -> () = rows::softmax_scaled;
+                = rows::silu_mul_backward::<$simd>;
+            softmax_stats(x: &[f32]) -> (f32, f32) = rows::softmax_stats::<$simd>;
+            softmax_scaled(x: &mut [f32], max: f32, scale: f32) -> ()
+                = rows::softmax_scaled::<$simd>;
         );
         pub(super) const KERNELS: super::Kernels = super::Kernels {
             name: $name,
-            linear_f32,
-            linear_bf16,
-            linear_f16,
-            matmul_f32,
-            matmul_bf16,
-            matmul_f16,
+            few_rows: $few,
+            row_tile: $many,
+            quant_tile: $quant_many,
+            panels_f32,
+            panels_f16,
+            panels_bf16,
+            panels_int8,
+            panels_int4,
+            quantize,
+            turn,
+            shrink,
+            expand,
+            matmul,
             attention,
             attention_backward,
             rms_norm,
@@ -70,22 +102,14 @@ macro_rules! kernels_for {
             softmax_scaled,
         };
     };
-    (@ $simd:ty, #[$attribute:meta],
-     $($fn_name:ident($arg:ident: &super::gemm::$tile:ident<$weight:ty>) = $module:ident::$body:ident;)*) => {$(
-        #[$attribute]
-        unsafe fn $fn_name($arg: &super::gemm::$tile<$weight>) {
-            // SAFETY: the caller keeps the body's contract, and `best`/`all` hand this function
-            // out only on a CPU with its features.
-            unsafe { super::$module::$body::<$simd, $weight>($arg) }
-        }
-    )*};
-    (! $simd:ty, #[$attribute:meta],
-     $($fn_name:ident($($arg:ident: $ty:ty),*) -> $ret:ty = $module:ident::$body:ident;)*) => {$(
+    (#[$attribute:meta],
+     $($fn_name:ident($($arg:ident: $ty:ty),*) -> $ret:ty
+        = $module:ident::$body:ident::<$($generic:tt),*>;)*) => {$(
         #[$attribute]
         unsafe fn $fn_name($($arg: $ty),*) -> $ret {
             // SAFETY: the caller keeps the body's contract, and `best`/`all` hand this function
             // out only on a CPU with its features.
-            unsafe { super::$module::$body::<$simd>($($arg),*) }
+            unsafe { super::$module::$body::<$($generic),*>($($arg),*) }
         }
     )*};
 }
@@ -113,7 +137,10 @@ pub fn all() -> Vec<&'static Kernels> {
             && is_x86_feature_detected!("f16c")
         {
             tables.push(&super::avx2::KERNELS);
-            if is_x86_feature_detected!("avx512f") {
+            if is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vnni")
+            {
                 tables.push(&super::avx512::KERNELS);
             }
         }

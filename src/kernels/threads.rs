@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::simd::LANES;
+
 /// Work below this many multiply-adds is not worth waking a thread for.
 const MIN_PARALLEL_WORK: usize = 64 * 1024;
 
@@ -23,7 +25,40 @@ pub fn for_each_range(
     let piece = count.div_ceil(threads * 4).max(1).next_multiple_of(grain);
     (0..count.div_ceil(piece))
         .into_par_iter()
+        .with_max_len(1)
         .for_each(|index| body(index * piece..((index + 1) * piece).min(count)));
+}
+
+/// Rows that share a pass over the weights; a multiple of every row tile.
+const ROW_BLOCK: usize = 96;
+/// Panels of a task that has many rows.
+const TASK_PANELS: usize = 16;
+
+/// Cuts a product's output `[rows, columns]` into rectangles and calls `body(rows, panels)` on each, in
+/// parallel where `rows * columns * work_each` is worth it. Few rows are not cut; row ranges start at
+/// multiples of `row_tile`. The rectangles have no part in the order of any sum.
+pub(super) fn for_each_tile(
+    rows: usize,
+    columns: usize,
+    work_each: usize,
+    row_tile: usize,
+    body: impl Fn(Range<usize>, Range<usize>) + Send + Sync,
+) {
+    debug_assert_eq!(ROW_BLOCK % row_tile, 0);
+    let panels = columns.div_ceil(LANES);
+    if rows <= ROW_BLOCK {
+        return for_each_range(panels, 4, rows * work_each * LANES, |panels| body(0..rows, panels));
+    }
+    let row_blocks = rows.div_ceil(ROW_BLOCK);
+    let panel_blocks = panels.div_ceil(TASK_PANELS);
+    for_each_range(row_blocks * panel_blocks, 1, MIN_PARALLEL_WORK, |tasks| {
+        for task in tasks {
+            let row = task / panel_blocks * ROW_BLOCK;
+            let panel = task % panel_blocks * TASK_PANELS;
+            let row_end = (row + ROW_BLOCK).min(rows);
+            body(row..row_end, panel..(panel + TASK_PANELS).min(panels));
+        }
+    });
 }
 
 /// Keeps candle's own pool, which serves a few element-wise operations, to the calling thread: it

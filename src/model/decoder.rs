@@ -1,18 +1,19 @@
 //! The decoder: embedding, layers, final norm, head. One forward pass for training and serving.
 
-use std::{collections::BTreeMap, path::Path, sync::OnceLock};
+use std::{collections::BTreeMap, path::Path, str::FromStr, sync::OnceLock};
 
 use candle_core::{DType, Device, Tensor, Var};
 use safetensors::View;
+use serde::{Deserialize, Serialize};
 
 use super::{
     ModelConfig, ModelError, Projection, Step,
     layer::{Layer, LayerContext, Linear},
-    weights::{RandomWeights, SafetensorsFolder},
+    weights::{Parameters, RandomWeights, SafetensorsFolder, Source},
 };
 use crate::ops::{
     cross_entropy::cross_entropy, embedding::embedding, linear::linear, rms_norm::rms_norm,
-    rope::Angles,
+    rope::Angles, weight::Weight,
 };
 use crate::publish::Sha256Stream;
 
@@ -21,18 +22,58 @@ use crate::publish::Sha256Stream;
 pub enum WeightMode {
     /// Matrices in the file's dtype; no gradient is ever computed for them.
     Frozen,
+    /// As frozen, but matrices are rounded to 8 bits.
+    Int8,
+    /// As frozen, but projections are rounded to 4 bits, embedding and head to 8.
+    Int4,
     /// As f32 variables with gradients, for full fine-tuning.
     Trainable,
+}
+
+/// How the matrices of a frozen model are held, as a user says it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Quantization {
+    /// In the file's dtype.
+    #[default]
+    None,
+    /// In 8 bits.
+    Int8,
+    /// Projections in 4 bits, embedding and head in 8.
+    Int4,
+}
+
+impl From<Quantization> for WeightMode {
+    fn from(quantization: Quantization) -> Self {
+        match quantization {
+            Quantization::None => Self::Frozen,
+            Quantization::Int8 => Self::Int8,
+            Quantization::Int4 => Self::Int4,
+        }
+    }
+}
+
+impl FromStr for Quantization {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "none" => Ok(Self::None),
+            "int8" => Ok(Self::Int8),
+            "int4" => Ok(Self::Int4),
+            other => Err(format!("{other:?} is not none, int8 or int4")),
+        }
+    }
 }
 
 /// A decoder-only language model. Immutable after load, but for variables that an optimizer sets.
 pub struct Decoder {
     config: ModelConfig,
-    embedding: Tensor,
+    embedding: Weight,
     layers: Vec<Layer>,
     norm: Tensor,
     /// `None`: tied to the embedding.
-    head: Option<Tensor>,
+    head: Option<Weight>,
     inverse_frequencies: Vec<f32>,
     variables: BTreeMap<String, Var>,
     /// The dtype of the checkpoint's matrices.
@@ -48,8 +89,20 @@ impl Decoder {
     /// `config.json` asks for.
     pub fn load(dir: &Path, mode: WeightMode) -> Result<Self, ModelError> {
         let config = ModelConfig::from_dir(dir)?;
-        let mut folder = SafetensorsFolder::read(dir)?;
-        Self::build(config, mode, |name, shape| folder.take(name, shape))
+        let folder = SafetensorsFolder::open(dir)?;
+        let decoder = Self::build(config, mode, Source::Folder(folder))?;
+        if matches!(mode, WeightMode::Int8 | WeightMode::Int4) {
+            // An adapter belongs to the weights as they were, so these are read once more.
+            let folder = SafetensorsFolder::open(dir)?;
+            let fingerprint = decoder.hash(|name, parameter| match parameter {
+                Parameter::Vector(_) => decoder.original(parameter),
+                Parameter::Matrix(weight) => {
+                    folder.find(name, &<[usize; 2]>::from(weight.dims2()?))?.tensor()
+                }
+            })?;
+            decoder.fingerprint.get_or_init(|| fingerprint);
+        }
+        Ok(decoder)
     }
 
     /// Whether a folder has weights, rather than a configuration only.
@@ -63,53 +116,31 @@ impl Decoder {
     /// # Errors
     /// A configuration whose tensors cannot be made.
     pub fn random(config: ModelConfig, seed: u64) -> Result<Self, ModelError> {
-        let mut weights = RandomWeights::new(seed);
-        Self::build(config, WeightMode::Trainable, |name, shape| Ok(weights.tensor(name, shape)?))
+        let source = Source::Random(Box::new(RandomWeights::new(seed)));
+        Self::build(config, WeightMode::Trainable, source)
     }
 
-    fn build(
-        config: ModelConfig,
-        mode: WeightMode,
-        mut source: impl FnMut(&str, &[usize]) -> Result<Tensor, ModelError>,
-    ) -> Result<Self, ModelError> {
-        let mut variables = BTreeMap::new();
-        let mut dtype = DType::F32;
-        let mut tensor = |name: &str, shape: &[usize]| -> Result<Tensor, ModelError> {
-            let tensor = source(name, shape)?;
-            if name == EMBEDDING {
-                dtype = tensor.dtype();
-            }
-            match mode {
-                WeightMode::Trainable => {
-                    let variable = Var::from_tensor(&tensor.to_dtype(DType::F32)?)?;
-                    let tensor = variable.as_tensor().clone();
-                    variables.insert(name.to_owned(), variable);
-                    Ok(tensor)
-                }
-                // Norms and biases are small and used as f32 in every row.
-                WeightMode::Frozen if shape.len() == 1 => Ok(tensor.to_dtype(DType::F32)?),
-                WeightMode::Frozen => Ok(tensor),
-            }
-        };
+    fn build(config: ModelConfig, mode: WeightMode, source: Source) -> Result<Self, ModelError> {
+        let mut parameters = Parameters::new(source, mode);
         let table = [config.vocab_size, config.hidden_size];
-        let embedding = tensor(EMBEDDING, &table)?;
+        let embedding = parameters.table(EMBEDDING, table)?;
         let layers = (0..config.num_layers)
-            .map(|index| Layer::build(&config, index, &mut tensor))
+            .map(|index| Layer::build(&config, index, &mut parameters))
             .collect::<Result<_, _>>()?;
-        let norm = tensor(NORM, &[config.hidden_size])?;
-        let head = if config.tie_word_embeddings { None } else { Some(tensor(HEAD, &table)?) };
+        let norm = parameters.vector(NORM, config.hidden_size)?;
+        let head =
+            if config.tie_word_embeddings { None } else { Some(parameters.table(HEAD, table)?) };
         let inverse_frequencies = config.inverse_frequencies();
-        let fingerprint = OnceLock::new();
         Ok(Self {
             config,
+            dtype: embedding.dtype(),
             embedding,
             layers,
             norm,
             head,
             inverse_frequencies,
-            variables,
-            dtype,
-            fingerprint,
+            variables: parameters.variables,
+            fingerprint: OnceLock::new(),
         })
     }
 
@@ -119,32 +150,49 @@ impl Decoder {
         &self.config
     }
 
-    /// SHA-256 over names, dtypes, shapes and bytes of all weights, in hex: which base an adapter
-    /// belongs to. Computed at the first call.
+    /// SHA-256 over names, dtypes, shapes and bytes of all weights as they are in the file, in hex:
+    /// which base an adapter belongs to. Computed at the first call, or at load if weights are rounded.
+    ///
+    /// # Panics
+    /// Where there is no memory for one more matrix.
     pub fn fingerprint(&self) -> &str {
         self.fingerprint.get_or_init(|| {
-            let mut hash = Sha256Stream::new();
-            for (name, tensor) in self.tensors() {
-                hash.update(
-                    format!("{name} {:?} {:?}\n", tensor.dtype(), tensor.dims()).as_bytes(),
-                );
-                hash.update(&View::data(&tensor));
-            }
-            hash.finish()
+            self.hash(|_, parameter| self.original(parameter)).expect("memory for a matrix")
         })
+    }
+
+    /// One tensor at a time is held.
+    fn hash(
+        &self,
+        tensor: impl Fn(&str, Parameter<'_>) -> Result<Tensor, ModelError>,
+    ) -> Result<String, ModelError> {
+        let mut hash = Sha256Stream::new();
+        for (name, parameter) in self.named() {
+            let tensor = tensor(&name, parameter)?;
+            hash.update(format!("{name} {:?} {:?}\n", tensor.dtype(), tensor.dims()).as_bytes());
+            hash.update(&View::data(&tensor));
+        }
+        Ok(hash.finish())
     }
 
     /// Bytes of all weights in memory.
     #[must_use]
     pub fn num_bytes(&self) -> usize {
-        let bytes = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
-        self.named().map(|(_, tensor)| bytes(tensor)).sum()
+        let bytes = |parameter| match parameter {
+            Parameter::Vector(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
+            Parameter::Matrix(weight) => weight.num_bytes(),
+        };
+        self.named().into_values().map(bytes).sum()
     }
 
     /// Number of weights.
     #[must_use]
     pub fn num_parameters(&self) -> usize {
-        self.named().map(|(_, tensor)| tensor.elem_count()).sum()
+        let count = |parameter| match parameter {
+            Parameter::Vector(tensor) => tensor.elem_count(),
+            Parameter::Matrix(weight) => weight.elem_count(),
+        };
+        self.named().into_values().map(count).sum()
     }
 
     /// The trainable weights by checkpoint name, sorted; empty when frozen.
@@ -153,49 +201,51 @@ impl Decoder {
         self.variables.iter().map(|(name, variable)| (name.clone(), variable.clone())).collect()
     }
 
-    /// All weights by checkpoint name, sorted, in the dtype of the checkpoint.
+    /// All weights by checkpoint name, sorted, in the dtype of the checkpoint: bit for bit its own,
+    /// unless matrices are rounded.
     ///
     /// # Panics
-    /// Never: casts between f32, f16 and bf16 on the CPU do not fail.
+    /// Where there is no memory for them.
     #[must_use]
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
-        let dtype = if self.variables.is_empty() { self.dtype } else { DType::F32 };
-        let cast = |tensor: &Tensor| {
-            let tensor = tensor.detach();
-            if tensor.dims().len() == 1 {
-                tensor.to_dtype(dtype).expect("a cast of float dtypes")
-            } else {
-                tensor
-            }
-        };
-        let tensors: BTreeMap<_, _> =
-            self.named().map(|(name, tensor)| (name, cast(tensor))).collect();
-        tensors.into_iter().collect()
+        let original = |parameter| self.original(parameter).expect("memory for a matrix");
+        self.named().into_iter().map(|(name, parameter)| (name, original(parameter))).collect()
     }
 
-    fn named(&self) -> impl Iterator<Item = (String, &Tensor)> {
-        let layers = self.layers.iter().flat_map(|layer| {
+    /// A parameter in the dtype of the checkpoint.
+    fn original(&self, parameter: Parameter<'_>) -> Result<Tensor, ModelError> {
+        Ok(match parameter {
+            Parameter::Matrix(weight) => weight.to_tensor()?,
+            Parameter::Vector(tensor) => tensor.detach().to_dtype(self.dtype)?,
+        })
+    }
+
+    fn named(&self) -> BTreeMap<String, Parameter<'_>> {
+        let mut named = BTreeMap::new();
+        named.insert(EMBEDDING.to_owned(), Parameter::Matrix(&self.embedding));
+        named.insert(NORM.to_owned(), Parameter::Vector(&self.norm));
+        if let Some(head) = &self.head {
+            named.insert(HEAD.to_owned(), Parameter::Matrix(head));
+        }
+        for layer in &self.layers {
             let prefix = format!("model.layers.{}", layer.index);
-            let norms = [
-                (format!("{prefix}.input_layernorm.weight"), &layer.input_norm),
-                (format!("{prefix}.post_attention_layernorm.weight"), &layer.post_attention_norm),
-            ];
-            let matrices = Projection::ALL.into_iter().zip(&layer.projections).flat_map(
-                move |(projection, Linear { weight, bias })| {
-                    let name = format!("{prefix}.{}", projection.path());
-                    let bias = bias.as_ref().map(|bias| (format!("{name}.bias"), bias));
-                    std::iter::once((format!("{name}.weight"), weight)).chain(bias)
-                },
-            );
-            norms.into_iter().chain(matrices)
-        });
-        let outer = [
-            (EMBEDDING, Some(&self.embedding)),
-            (NORM, Some(&self.norm)),
-            (HEAD, self.head.as_ref()),
-        ];
-        let outer = outer.into_iter().filter_map(|(name, tensor)| Some((name.to_owned(), tensor?)));
-        outer.chain(layers)
+            for (norm, tensor) in [
+                ("input_layernorm", &layer.input_norm),
+                ("post_attention_layernorm", &layer.post_attention_norm),
+            ] {
+                named.insert(format!("{prefix}.{norm}.weight"), Parameter::Vector(tensor));
+            }
+            for (projection, Linear { weight, bias }) in
+                Projection::ALL.into_iter().zip(&layer.projections)
+            {
+                let name = format!("{prefix}.{}", projection.path());
+                if let Some(bias) = bias {
+                    named.insert(format!("{name}.bias"), Parameter::Vector(bias));
+                }
+                named.insert(format!("{name}.weight"), Parameter::Matrix(weight));
+            }
+        }
+        named
     }
 
     /// Logits of the step's `logit_rows`, `[rows, vocab]`, f32.
@@ -242,9 +292,15 @@ impl Decoder {
         Ok(cross_entropy(&select(hidden, rows)?, self.head(), targets)?)
     }
 
-    fn head(&self) -> &Tensor {
+    fn head(&self) -> &Weight {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
+}
+
+/// One of the model's parameters.
+enum Parameter<'a> {
+    Vector(&'a Tensor),
+    Matrix(&'a Weight),
 }
 
 const EMBEDDING: &str = "model.embed_tokens.weight";

@@ -5,6 +5,7 @@ use std::{ops::Range, sync::Arc};
 use candle_core::Tensor;
 
 use super::ModelError;
+use crate::ops::lora::LoraPart;
 
 /// The linear layers that an adapter may change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -92,6 +93,13 @@ pub trait Delta: Send + Sync {
         rows: Range<usize>,
         dropout: Option<Dropout>,
     ) -> Result<Tensor, ModelError>;
+
+    /// What the adapter adds at `site`, so that the rows of many adapters are done at once; `None` where
+    /// it has no part there. Asked only if [`Self::is_frozen`].
+    fn part(&self, site: Site) -> Option<&LoraPart>;
+
+    /// Whether nobody trains the adapter.
+    fn is_frozen(&self) -> bool;
 }
 
 /// A range of rows and the adapter that they carry.

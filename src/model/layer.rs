@@ -4,7 +4,7 @@ use candle_core::Tensor;
 
 use super::{
     DeltaRows, Dropout, ModelConfig, ModelError, Projection, Site, kv_cache::attention_shape,
-    step::Layout,
+    step::Layout, weights::Parameters,
 };
 use crate::kernels::AttentionShape;
 use crate::ops::{
@@ -12,13 +12,15 @@ use crate::ops::{
     attention::{Panel, attention, paged_attention, write_cache},
     gated_mlp::silu_mul,
     linear::linear,
+    lora::add_in_place,
     rms_norm::rms_norm,
     rope::{Angles, rope},
+    weight::Weight,
 };
 
 /// A projection's weight `[out, in]` and bias `[out]`.
 pub(super) struct Linear {
-    pub(super) weight: Tensor,
+    pub(super) weight: Weight,
     pub(super) bias: Option<Tensor>,
 }
 
@@ -29,9 +31,6 @@ pub(super) struct LayerContext<'a> {
     pub(super) deltas: &'a [DeltaRows],
     pub(super) dropout: Option<Dropout>,
 }
-
-/// Gives the tensor of a name and a shape.
-pub(super) type TensorSource<'a> = dyn FnMut(&str, &[usize]) -> Result<Tensor, ModelError> + 'a;
 
 /// One decoder layer.
 pub(super) struct Layer {
@@ -45,11 +44,11 @@ pub(super) struct Layer {
 }
 
 impl Layer {
-    /// Builds a layer from `tensor(name, shape)`, whose names are relative to the model.
+    /// Builds layer `index`.
     pub(super) fn build(
         config: &ModelConfig,
         index: usize,
-        tensor: &mut TensorSource<'_>,
+        parameters: &mut Parameters,
     ) -> Result<Self, ModelError> {
         let prefix = format!("model.layers.{index}");
         let mut projections = Vec::with_capacity(Projection::ALL.len());
@@ -61,16 +60,17 @@ impl Layer {
                 Projection::O => config.o_bias,
                 Projection::Gate | Projection::Up | Projection::Down => config.mlp_bias,
             };
-            let weight = tensor(&format!("{name}.weight"), &[out_features, in_features])?;
+            let weight =
+                parameters.matrix(&format!("{name}.weight"), [out_features, in_features])?;
             let bias = if has_bias {
-                Some(tensor(&format!("{name}.bias"), &[out_features])?)
+                Some(parameters.vector(&format!("{name}.bias"), out_features)?)
             } else {
                 None
             };
             projections.push(Linear { weight, bias });
         }
         let mut norm =
-            |name: &str| tensor(&format!("{prefix}.{name}.weight"), &[config.hidden_size]);
+            |name: &str| parameters.vector(&format!("{prefix}.{name}.weight"), config.hidden_size);
         Ok(Self {
             index,
             input_norm: norm("input_layernorm")?,
@@ -122,6 +122,18 @@ impl Layer {
         let Linear { weight, bias } = &self.projections[projection as usize];
         let mut out = linear(x, weight, bias.as_ref())?;
         let site = Site { layer: self.index, projection };
+        // 1. Nothing is tracked: all adapters' rows at once, in place.
+        if !out.track_op() && context.deltas.iter().all(|rows| rows.delta.is_frozen()) {
+            let part = |DeltaRows { rows, delta }: &DeltaRows| {
+                Some((rows.clone(), delta.part(site)?.clone()))
+            };
+            let segments: Vec<_> = context.deltas.iter().filter_map(part).collect();
+            if !segments.is_empty() {
+                add_in_place(&out, x, segments)?;
+            }
+            return Ok(out);
+        }
+        // 2. Training: one after the other, with a graph.
         for DeltaRows { rows, delta } in context.deltas {
             out = delta.apply(site, x, out, rows.clone(), context.dropout)?;
         }

@@ -15,7 +15,7 @@ mod weights;
 
 pub use arch::{ARCHITECTURES, Architecture};
 pub use config::{ModelConfig, RopeScaling};
-pub use decoder::{Decoder, WeightMode};
+pub use decoder::{Decoder, Quantization, WeightMode};
 pub use delta::{Delta, DeltaRows, Dropout, Projection, Site};
 pub use error::ModelError;
 pub use kv_cache::KvCache;

@@ -5,14 +5,17 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 
-use super::storage::{
-    WeightSlice, f32_slice, for_weight, mismatch, tensor, weight_slice, with_f32, with_weight,
+use super::{
+    storage::{f32_slice, mismatch, tensor, with_f32},
+    weight::Weight,
 };
-use crate::kernels::{LinearJob, MatmulJob, Weight, best, for_each_rows};
+use crate::kernels::{self, MatmulJob, PackedWeight, best, for_each_rows};
 
 const NAME: &str = "cross_entropy";
-/// Logits held at a time.
+/// Logits held at a time, unless there are so many for one row that a chunk would have fewer than
+/// `MIN_ROWS`: each chunk passes the whole head by, and backward turns it besides.
 const CHUNK_ELEMENTS: usize = 1 << 20;
+const MIN_ROWS: usize = 96;
 
 /// Losses of `hidden [rows, size]` against `targets` under the head `weight [vocab, size]`.
 ///
@@ -21,7 +24,7 @@ const CHUNK_ELEMENTS: usize = 1 << 20;
 ///
 /// # Errors
 /// Where shapes or dtypes do not fit, or a target lies outside the vocabulary.
-pub fn cross_entropy(hidden: &Tensor, weight: &Tensor, targets: &[u32]) -> Result<Tensor> {
+pub fn cross_entropy(hidden: &Tensor, weight: &Weight, targets: &[u32]) -> Result<Tensor> {
     let (vocab, size) = weight.dims2()?;
     let (rows, hidden_size) = hidden.dims2()?;
     if rows != targets.len() || hidden_size != size {
@@ -34,11 +37,17 @@ pub fn cross_entropy(hidden: &Tensor, weight: &Tensor, targets: &[u32]) -> Resul
     }
     let job = Job { targets: targets.into(), vocab, size };
     let hidden = hidden.contiguous()?;
-    if weight.track_op() {
-        hidden.apply_op2(weight, TrainableHead { job })
-    } else {
-        hidden.apply_op1(FrozenHead { job, weight: weight.clone() })
+    match weight {
+        Weight::Plain(weight) => hidden.apply_op2(weight, TrainableHead { job }),
+        Weight::Packed(weight) => hidden.apply_op1(FrozenHead { job, weight: Arc::clone(weight) }),
     }
+}
+
+/// The head, frozen or `[vocab, size]` as rows.
+#[derive(Clone, Copy)]
+enum Head<'a> {
+    Packed(&'a PackedWeight),
+    Rows(&'a [f32]),
 }
 
 struct Job {
@@ -49,112 +58,91 @@ struct Job {
 
 impl Job {
     fn rows_at_once(&self) -> usize {
-        (CHUNK_ELEMENTS / self.vocab).max(1)
+        (CHUNK_ELEMENTS / self.vocab).max(MIN_ROWS)
     }
 
     /// Calls `body(first_row, hidden rows, logits)` chunk by chunk.
-    fn for_each_chunk<W: Weight>(
+    fn for_each_chunk(
         &self,
         hidden: &[f32],
-        weight: &[W],
+        head: Head<'_>,
         mut body: impl FnMut(usize, &[f32], &mut [f32]),
     ) {
         let (rows, size, vocab) = (self.rows_at_once(), self.size, self.vocab);
         let mut logits = vec![0.0; rows.min(self.targets.len()) * vocab];
         for (index, x) in hidden.chunks(rows * size).enumerate() {
             let logits = &mut logits[..x.len() / size * vocab];
-            let job = LinearJob { x, weight, bias: None, in_features: size, out_features: vocab };
-            job.run(best(), logits);
+            match head {
+                Head::Packed(weight) => weight.linear(best(), x, None, logits),
+                Head::Rows(weight) => kernels::linear(best(), x, weight, size, logits),
+            }
             body(index * rows, x, logits);
         }
     }
 
     #[allow(clippy::float_cmp)]
-    fn forward(&self, hidden: &[f32], weight: &WeightSlice<'_>) -> CpuStorage {
+    fn forward(&self, hidden: &[f32], head: Head<'_>) -> CpuStorage {
         let count = self.targets.len();
         let mut pairs = vec![[0.0_f32; 2]; count];
-        for_weight!(weight, |weight| {
-            self.for_each_chunk(hidden, weight, |first, x, logits| {
-                let pairs = &mut pairs[first..first + x.len() / self.size];
-                for_each_rows(pairs, 1, self.vocab * 8, |start, pairs| {
-                    for (index, pair) in pairs.iter_mut().enumerate() {
-                        let row = &logits[(start + index) * self.vocab..][..self.vocab];
-                        let target = self.targets[first + start + index] as usize;
-                        let (max, sum) = best().softmax_stats(row);
-                        let is_first = row.iter().position(|logit| *logit == max) == Some(target);
-                        *pair = [max - row[target] + sum.ln(), f32::from(u8::from(is_first))];
-                    }
-                });
+        self.for_each_chunk(hidden, head, |first, x, logits| {
+            let pairs = &mut pairs[first..first + x.len() / self.size];
+            for_each_rows(pairs, 1, self.vocab * 8, |start, pairs| {
+                for (index, pair) in pairs.iter_mut().enumerate() {
+                    let row = &logits[(start + index) * self.vocab..][..self.vocab];
+                    let target = self.targets[first + start + index] as usize;
+                    let (max, sum) = best().softmax_stats(row);
+                    let is_first = row.iter().position(|logit| *logit == max) == Some(target);
+                    *pair = [max - row[target] + sum.ln(), f32::from(u8::from(is_first))];
+                }
             });
         });
         let column = |index: usize| pairs.iter().map(move |pair| pair[index]);
         CpuStorage::F32(column(0).chain(column(1)).collect())
     }
 
-    /// `dlogits = (softmax - onehot) * dnll`, from it `dhidden = dlogits W`, `dW = dlogits^T hidden`.
+    /// `dlogits = (softmax - onehot) * dnll`, from it `dhidden = dlogits W`, and `dW = dlogits^T hidden`
+    /// of a trained head.
     fn backward(
         &self,
-        hidden: &Tensor,
-        weight: &Tensor,
-        grad: &Tensor,
-        train_weight: bool,
+        hidden: &[f32],
+        head: Head<'_>,
+        grad: &[f32],
     ) -> Result<(Tensor, Option<Tensor>)> {
         let (count, size, vocab) = (self.targets.len(), self.size, self.vocab);
         let mut grad_hidden = vec![0.0; count * size];
-        let mut grad_weight = vec![0.0; if train_weight { vocab * size } else { 0 }];
-        with_f32(hidden, NAME, |hidden| {
-            with_f32(grad, NAME, |grad| {
-                with_weight(weight, NAME, |weight| {
-                    for_weight!(weight, |weight| {
-                        self.for_each_chunk(hidden, weight, |first, x, logits| {
-                            for_each_rows(logits, vocab, vocab * 8, |start, logits| {
-                                for (index, row) in logits.chunks_exact_mut(vocab).enumerate() {
-                                    let at = first + start + index;
-                                    let (max, sum) = best().softmax_stats(row);
-                                    best().softmax_scaled(row, max, grad[at] / sum);
-                                    row[self.targets[at] as usize] -= grad[at];
-                                }
-                            });
-                            let rows = x.len() / size;
-                            let out = &mut grad_hidden[first * size..(first + rows) * size];
-                            let shape = (rows, vocab, size);
-                            let (a, a_strides) = (&*logits, (vocab, 1));
-                            MatmulJob {
-                                a,
-                                a_strides,
-                                b: weight,
-                                shape,
-                                alpha: 1.0,
-                                accumulate: false,
-                            }
-                            .run(best(), out);
-                            if train_weight {
-                                let (shape, a_strides) = ((vocab, rows, size), (1, vocab));
-                                MatmulJob {
-                                    a,
-                                    a_strides,
-                                    b: x,
-                                    shape,
-                                    alpha: 1.0,
-                                    accumulate: true,
-                                }
-                                .run(best(), &mut grad_weight);
-                            }
-                        });
-                    });
-                    Ok(())
-                })
-            })
-        })?;
-        let grad_weight =
-            if train_weight { Some(tensor(grad_weight, (vocab, size))?) } else { None };
+        let mut grad_weight = match head {
+            Head::Packed(_) => None,
+            Head::Rows(_) => Some(vec![0.0; vocab * size]),
+        };
+        self.for_each_chunk(hidden, head, |first, x, logits| {
+            for_each_rows(logits, vocab, vocab * 8, |start, logits| {
+                for (index, row) in logits.chunks_exact_mut(vocab).enumerate() {
+                    let at = first + start + index;
+                    let (max, sum) = best().softmax_stats(row);
+                    best().softmax_scaled(row, max, grad[at] / sum);
+                    row[self.targets[at] as usize] -= grad[at];
+                }
+            });
+            let rows = x.len() / size;
+            let out = &mut grad_hidden[first * size..(first + rows) * size];
+            match head {
+                Head::Packed(weight) => weight.input_gradient(best(), logits, out),
+                Head::Rows(weight) => kernels::input_gradient(best(), logits, weight, size, out),
+            }
+            if let Some(out) = &mut grad_weight {
+                let (shape, a_strides) = ((vocab, rows, size), (1, vocab));
+                MatmulJob { a: logits, a_strides, b: x, shape, alpha: 1.0, accumulate: true }
+                    .run(best(), out);
+            }
+        });
+        let grad_weight = grad_weight.map(|grad| tensor(grad, (vocab, size))).transpose()?;
         Ok((tensor(grad_hidden, (count, size))?, grad_weight))
     }
 }
 
 struct FrozenHead {
     job: Job,
-    weight: Tensor,
+    weight: Arc<PackedWeight>,
 }
 
 impl CustomOp1 for FrozenHead {
@@ -164,13 +152,16 @@ impl CustomOp1 for FrozenHead {
 
     fn cpu_fwd(&self, hidden: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let hidden = f32_slice(hidden, layout, NAME)?;
-        let losses =
-            with_weight(&self.weight, NAME, |weight| Ok(self.job.forward(hidden, &weight)))?;
+        let losses = self.job.forward(hidden, Head::Packed(&self.weight));
         Ok((losses, (2, self.job.targets.len()).into()))
     }
 
     fn bwd(&self, hidden: &Tensor, _out: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(self.job.backward(hidden, &self.weight, grad, false)?.0))
+        let head = Head::Packed(&self.weight);
+        let (grad, _) = with_f32(hidden, NAME, |hidden| {
+            with_f32(grad, NAME, |grad| self.job.backward(hidden, head, grad))
+        })?;
+        Ok(Some(grad))
     }
 }
 
@@ -190,8 +181,8 @@ impl CustomOp2 for TrainableHead {
         weight: &CpuStorage,
         weight_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let weight = weight_slice(weight, weight_layout, NAME)?;
-        let losses = self.job.forward(f32_slice(hidden, layout, NAME)?, &weight);
+        let head = Head::Rows(f32_slice(weight, weight_layout, NAME)?);
+        let losses = self.job.forward(f32_slice(hidden, layout, NAME)?, head);
         Ok((losses, (2, self.job.targets.len()).into()))
     }
 
@@ -202,7 +193,11 @@ impl CustomOp2 for TrainableHead {
         _out: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (hidden, weight) = self.job.backward(hidden, weight, grad, true)?;
+        let (hidden, weight) = with_f32(hidden, NAME, |hidden| {
+            with_f32(grad, NAME, |grad| {
+                with_f32(weight, NAME, |weight| self.job.backward(hidden, Head::Rows(weight), grad))
+            })
+        })?;
         Ok((Some(hidden), weight))
     }
 }

@@ -4,17 +4,32 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
-use super::storage::{for_weight, mismatch, tensor, weight_slice, with_f32};
-use crate::kernels::Weight as _;
+use super::{
+    storage::{f32_slice, mismatch, tensor, with_f32},
+    weight::Weight,
+};
 
 const NAME: &str = "embedding";
 
-/// `table [vocab, hidden]`, ids -> `[ids.len(), hidden]`, f32.
+/// `table [vocab, hidden]`, ids -> `[ids.len(), hidden]`, f32. A plain table receives a gradient.
 ///
 /// # Errors
 /// Where an id lies outside the table.
-pub fn embedding(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
-    table.apply_op1(Embedding { ids: ids.into() })
+pub fn embedding(table: &Weight, ids: &[u32]) -> Result<Tensor> {
+    let (vocab, hidden) = table.dims2()?;
+    if let Some(id) = ids.iter().find(|id| **id as usize >= vocab) {
+        return Err(mismatch(NAME, &format!("token id {id} in a vocabulary of {vocab}")));
+    }
+    match table {
+        Weight::Plain(table) => table.contiguous()?.apply_op1(Embedding { ids: ids.into() }),
+        Weight::Packed(table) => {
+            let mut out = vec![0.0; ids.len() * hidden];
+            for (id, row) in ids.iter().zip(out.chunks_exact_mut(hidden)) {
+                table.row(*id as usize, row);
+            }
+            tensor(out, (ids.len(), hidden))
+        }
+    }
 }
 
 struct Embedding {
@@ -27,17 +42,12 @@ impl CustomOp1 for Embedding {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (vocab, hidden) = layout.shape().dims2()?;
-        if let Some(id) = self.ids.iter().find(|id| **id as usize >= vocab) {
-            return Err(mismatch(NAME, &format!("token id {id} in a vocabulary of {vocab}")));
-        }
+        let (_, hidden) = layout.shape().dims2()?;
+        let table = f32_slice(storage, layout, NAME)?;
         let mut out = Vec::with_capacity(self.ids.len() * hidden);
-        for_weight!(weight_slice(storage, layout, NAME)?, |table| {
-            for id in &*self.ids {
-                let row = &table[*id as usize * hidden..][..hidden];
-                out.extend(row.iter().map(|value| value.to_f32()));
-            }
-        });
+        for id in &*self.ids {
+            out.extend_from_slice(&table[*id as usize * hidden..][..hidden]);
+        }
         Ok((CpuStorage::F32(out), (self.ids.len(), hidden).into()))
     }
 

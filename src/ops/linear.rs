@@ -1,71 +1,43 @@
 //! `x W^T + b`, the one matrix product of a decoder's projections and head.
 
+use std::sync::Arc;
+
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 
-use super::storage::WeightSlice;
-use super::storage::{
-    f32_slice, for_weight, is_weight_dtype, mismatch, tensor, weight_slice, with_f32, with_weight,
+use super::{
+    storage::{f32_slice, mismatch, tensor, with_f32},
+    weight::Weight,
 };
-use crate::kernels::{LinearJob, MatmulJob, best};
+use crate::kernels::{self, MatmulJob, PackedWeight, best};
 
 const NAME: &str = "linear";
 
 /// `x [rows, in] -> [rows, out]` with `weight [out, in]` and `bias [out]`.
 ///
-/// A tracked weight (a variable) receives a gradient; a frozen one never does, and backward then
-/// costs one product instead of two. A bias is tracked exactly where its weight is.
+/// A packed weight never receives a gradient, and backward then costs one product instead of two. A
+/// plain one does, and its bias is tracked exactly where it is.
 ///
 /// # Errors
 /// Where shapes or dtypes do not fit.
-pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor> {
     let (out_features, in_features) = weight.dims2()?;
-    if x.dims2()?.1 != in_features || !is_weight_dtype(weight.dtype()) {
-        let what =
-            format!("x {:?} against weight {:?} {:?}", x.dims(), weight.dims(), weight.dtype());
+    if x.dims2()?.1 != in_features {
+        let what = format!("x {:?} against weight [{out_features}, {in_features}]", x.dims());
         return Err(mismatch(NAME, &what));
     }
     let x = x.contiguous()?;
-    if weight.track_op() {
-        let out = x.apply_op2(weight, TrainableLinear)?;
-        return match bias {
-            Some(bias) => out.broadcast_add(bias),
-            None => Ok(out),
-        };
+    match weight {
+        Weight::Packed(weight) => {
+            x.apply_op1(FrozenLinear { weight: Arc::clone(weight), bias: bias.cloned() })
+        }
+        Weight::Plain(weight) => {
+            let out = x.apply_op2(weight, TrainableLinear)?;
+            match bias {
+                Some(bias) => out.broadcast_add(bias),
+                None => Ok(out),
+            }
+        }
     }
-    let (weight, bias) = (weight.clone(), bias.cloned());
-    x.apply_op1(FrozenLinear { weight, bias, in_features, out_features })
-}
-
-fn product(
-    x: &[f32],
-    weight: &WeightSlice<'_>,
-    bias: Option<&[f32]>,
-    shape: (usize, usize),
-) -> Vec<f32> {
-    let (out_features, in_features) = shape;
-    let mut out = vec![0.0; x.len() / in_features * out_features];
-    for_weight!(weight, |weight| {
-        LinearJob { x, weight, bias, in_features, out_features }.run(best(), &mut out);
-    });
-    out
-}
-
-/// `dx = dy W`.
-fn input_gradient(weight: &Tensor, grad: &Tensor) -> Result<Tensor> {
-    let (out_features, in_features) = weight.dims2()?;
-    let rows = grad.dims2()?.0;
-    let mut out = vec![0.0; rows * in_features];
-    with_f32(grad, NAME, |grad| {
-        with_weight(weight, NAME, |weight| {
-            for_weight!(weight, |b| {
-                let (a_strides, shape) = ((out_features, 1), (rows, out_features, in_features));
-                MatmulJob { a: grad, a_strides, b, shape, alpha: 1.0, accumulate: false }
-                    .run(best(), &mut out);
-            });
-            Ok(())
-        })
-    })?;
-    tensor(out, (rows, in_features))
 }
 
 /// `dW = dy^T x`.
@@ -86,10 +58,8 @@ fn weight_gradient(x: &Tensor, grad: &Tensor) -> Result<Tensor> {
 
 /// Holds the weight, so that candle never sees it as an input.
 struct FrozenLinear {
-    weight: Tensor,
+    weight: Arc<PackedWeight>,
     bias: Option<Tensor>,
-    in_features: usize,
-    out_features: usize,
 }
 
 impl CustomOp1 for FrozenLinear {
@@ -97,19 +67,31 @@ impl CustomOp1 for FrozenLinear {
         NAME
     }
 
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = f32_slice(storage, layout, NAME)?;
-        let shape = (self.out_features, self.in_features);
-        let out = with_weight(&self.weight, NAME, |weight| match &self.bias {
-            Some(bias) => with_f32(bias, NAME, |bias| Ok(product(x, &weight, Some(bias), shape))),
-            None => Ok(product(x, &weight, None, shape)),
-        })?;
-        let rows = x.len() / self.in_features;
-        Ok((CpuStorage::F32(out), (rows, self.out_features).into()))
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = f32_slice(x, layout, NAME)?;
+        let [out_features, _] = self.weight.shape();
+        let rows = layout.shape().dims2()?.0;
+        let mut out = vec![0.0; rows * out_features];
+        match &self.bias {
+            None => self.weight.linear(best(), x, None, &mut out),
+            Some(bias) => with_f32(bias, NAME, |bias| {
+                self.weight.linear(best(), x, Some(bias), &mut out);
+                Ok(())
+            })?,
+        }
+        Ok((CpuStorage::F32(out), (rows, out_features).into()))
     }
 
+    /// `dx = dy W`.
     fn bwd(&self, _x: &Tensor, _out: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(input_gradient(&self.weight, grad)?))
+        let [_, in_features] = self.weight.shape();
+        let rows = grad.dims2()?.0;
+        let mut out = vec![0.0; rows * in_features];
+        with_f32(grad, NAME, |grad| {
+            self.weight.input_gradient(best(), grad, &mut out);
+            Ok(())
+        })?;
+        Ok(Some(tensor(out, (rows, in_features))?))
     }
 }
 
@@ -127,10 +109,12 @@ impl CustomOp2 for TrainableLinear {
         weight: &CpuStorage,
         weight_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let shape = weight_layout.shape().dims2()?;
-        let weight = weight_slice(weight, weight_layout, NAME)?;
-        let out = product(f32_slice(x, x_layout, NAME)?, &weight, None, shape);
-        Ok((CpuStorage::F32(out), (x_layout.shape().dims2()?.0, shape.0).into()))
+        let (out_features, in_features) = weight_layout.shape().dims2()?;
+        let rows = x_layout.shape().dims2()?.0;
+        let (x, weight) = (f32_slice(x, x_layout, NAME)?, f32_slice(weight, weight_layout, NAME)?);
+        let mut out = vec![0.0; rows * out_features];
+        kernels::linear(best(), x, weight, in_features, &mut out);
+        Ok((CpuStorage::F32(out), (rows, out_features).into()))
     }
 
     fn bwd(
@@ -140,6 +124,16 @@ impl CustomOp2 for TrainableLinear {
         _out: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        Ok((Some(input_gradient(weight, grad)?), Some(weight_gradient(x, grad)?)))
+        let in_features = weight.dims2()?.1;
+        let rows = grad.dims2()?.0;
+        let mut grad_x = vec![0.0; rows * in_features];
+        with_f32(grad, NAME, |grad| {
+            with_f32(weight, NAME, |weight| {
+                kernels::input_gradient(best(), grad, weight, in_features, &mut grad_x);
+                Ok(())
+            })
+        })?;
+        let grad_weight = weight_gradient(x, grad)?;
+        Ok((Some(tensor(grad_x, (rows, in_features))?), Some(grad_weight)))
     }
 }

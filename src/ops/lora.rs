@@ -1,12 +1,12 @@
 //! LoRA's contribution to a projection: `scale * (x A^T) B^T`
 //! (Hu et al. 2021, <https://arxiv.org/abs/2106.09685>).
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use candle_core::{CpuStorage, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor};
 
 use super::storage::{f32_slice, mismatch, tensor, with_f32};
-use crate::kernels::{LinearJob, MatmulJob, best};
+use crate::kernels::{LoraSegment, MatmulJob, PackedWeight, WeightForm, add_lora, best, linear};
 
 const NAME: &str = "lora";
 
@@ -18,21 +18,50 @@ pub fn lora(x: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
     x.contiguous()?.apply_op3(a, b, Lora { scale: narrow(scale) })
 }
 
-/// Adds the contribution to some rows of `output [rows, out]` in place: the serving body. Bit for
-/// bit `output + lora(..)` on these rows.
+/// A and B of one projection, packed for serving. Cloning shares them.
+#[derive(Clone)]
+pub struct LoraPart {
+    a: Arc<PackedWeight>,
+    b: Arc<PackedWeight>,
+    scale: f32,
+}
+
+impl std::fmt::Debug for LoraPart {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LoraPart").field("rank", &self.a.shape()[0]).finish_non_exhaustive()
+    }
+}
+
+impl LoraPart {
+    /// Packs `a [rank, in]` and `b [out, rank]`, f32.
+    ///
+    /// # Errors
+    /// Other shapes or dtypes.
+    pub fn new(a: &Tensor, b: &Tensor, scale: f64) -> Result<Self> {
+        if a.dims2()?.0 != b.dims2()?.1 {
+            return Err(mismatch(NAME, "A and B do not fit each other"));
+        }
+        let pack = |tensor: &Tensor| {
+            let columns = tensor.dims2()?.1;
+            with_f32(tensor, NAME, |values| {
+                Ok(Arc::new(PackedWeight::from_f32(WeightForm::F32, values, columns)))
+            })
+        };
+        Ok(Self { a: pack(a)?, b: pack(b)?, scale: narrow(scale) })
+    }
+}
+
+/// Adds the contributions of several adapters, each to its rows of `output [rows, out]`, in place: the
+/// serving body. Bit for bit `output + lora(..)` on these rows. Other rows cost nothing.
 ///
 /// # Errors
-/// Where shapes or dtypes do not fit, or `rows` lie outside.
-pub fn add_rows_in_place(
+/// Where shapes or dtypes do not fit, or rows lie outside.
+pub fn add_in_place(
     output: &Tensor,
     x: &Tensor,
-    rows: Range<usize>,
-    a: &Tensor,
-    b: &Tensor,
-    scale: f64,
+    segments: Vec<(Range<usize>, LoraPart)>,
 ) -> Result<()> {
-    let (a, b) = (a.clone(), b.clone());
-    output.inplace_op2(&x.contiguous()?, &AddRows { rows, a, b, scale: narrow(scale) })
+    output.inplace_op2(&x.contiguous()?, &AddRows { segments })
 }
 
 #[allow(clippy::cast_possible_truncation)]
@@ -43,8 +72,7 @@ fn narrow(scale: f64) -> f32 {
 /// `x A^T`, `[rows, rank]`.
 fn shrink(x: &[f32], a: &[f32], (rank, in_features): (usize, usize)) -> Vec<f32> {
     let mut hidden = vec![0.0; x.len() / in_features * rank];
-    let job = LinearJob { x, weight: a, bias: None, in_features, out_features: rank };
-    job.run(best(), &mut hidden);
+    linear(best(), x, a, in_features, &mut hidden);
     hidden
 }
 
@@ -151,10 +179,7 @@ impl CustomOp3 for Lora {
 }
 
 struct AddRows {
-    rows: Range<usize>,
-    a: Tensor,
-    b: Tensor,
-    scale: f32,
+    segments: Vec<(Range<usize>, LoraPart)>,
 }
 
 impl InplaceOp2 for AddRows {
@@ -169,8 +194,8 @@ impl InplaceOp2 for AddRows {
         x: &CpuStorage,
         x_layout: &Layout,
     ) -> Result<()> {
-        let (rank, in_features) = self.a.dims2()?;
-        let out_features = self.b.dims2()?.0;
+        let (rows, out_features) = output_layout.shape().dims2()?;
+        let (x_rows, in_features) = x_layout.shape().dims2()?;
         let (start, end) = output_layout
             .contiguous_offsets()
             .ok_or_else(|| mismatch(NAME, "the output is not contiguous"))?;
@@ -178,19 +203,18 @@ impl InplaceOp2 for AddRows {
         let CpuStorage::F32(output) = output else {
             return Err(mismatch(NAME, "the output is not f32"));
         };
-        let output = &mut output[start..end];
-        let Range { start, end } = self.rows;
-        if x.len() < end * in_features || output.len() < end * out_features {
-            return Err(mismatch(NAME, &format!("rows {start}..{end} lie outside the batch")));
+        let mut segments = Vec::with_capacity(self.segments.len());
+        for (range, LoraPart { a, b, scale }) in &self.segments {
+            if range.end > rows.min(x_rows) {
+                return Err(mismatch(NAME, &format!("rows {range:?} lie outside the batch")));
+            }
+            if a.shape()[1] != in_features || b.shape()[0] != out_features {
+                return Err(mismatch(NAME, "x, A and B do not fit each other"));
+            }
+            segments.push(LoraSegment { rows: range.clone(), a, b, scale: *scale });
         }
-        with_f32(&self.a, NAME, |a| {
-            with_f32(&self.b, NAME, |b| {
-                let x = &x[start * in_features..end * in_features];
-                let hidden = shrink(x, a, (rank, in_features));
-                let output = &mut output[start * out_features..end * out_features];
-                expand(&hidden, b, rank, (self.scale, true), output);
-                Ok(())
-            })
-        })
+        let features = (in_features, out_features);
+        add_lora(best(), x, &segments, features, &mut output[start..end]);
+        Ok(())
     }
 }

@@ -3,8 +3,8 @@
 //! Every operation decides by its data: where an input is tracked, candle records the operation
 //! with its analytic backward pass; else only the fused forward runs. Both call the same kernels in
 //! the same order, so a training forward is bit for bit the serving one. Activations are f32;
-//! weights keep their storage type. Frozen weights are held inside an operation, so that no gradient
-//! of them is ever computed.
+//! frozen weights are packed for the kernels and held inside an operation, so that no gradient of them
+//! is ever computed.
 //!
 //! Knows tensors and kernels. Must never know layers, families, requests or text.
 
@@ -19,3 +19,4 @@ pub mod lora;
 pub mod rms_norm;
 pub mod rope;
 mod storage;
+pub mod weight;

@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use super::TrainError;
 use crate::adapters::LoraConfig;
 use crate::data::LossOn;
-use crate::model::Projection;
+use crate::model::{Projection, Quantization};
 
 /// Everything a run can be told. The keys of a YAML file and the flags have these names.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -91,6 +91,8 @@ pub struct TrainConfig {
     pub time_limit: Option<f64>,
     /// Number format of the published weights (method full).
     pub dtype: WeightDtype,
+    /// How the base under an adapter is held.
+    pub quantize: Quantization,
     /// Threads of the tensor operations; none = all cores.
     pub threads: Option<usize>,
     /// Continue from the newest good checkpoint, if there is one.
@@ -200,6 +202,7 @@ impl Default for TrainConfig {
             checkpoint_seconds: 120,
             time_limit: None,
             dtype: WeightDtype::Bf16,
+            quantize: Quantization::None,
             threads: None,
             resume: false,
             overwrite: false,
@@ -267,7 +270,9 @@ impl TrainConfig {
         self.check_objective()?;
         self.targets.projections()?;
         let adapter_only = self.method == Method::Lora || self.init_adapter.is_none();
-        require(adapter_only, "init_adapter", &"set", "unset with method full")
+        require(adapter_only, "init_adapter", &"set", "unset with method full")?;
+        let exact_only = self.method == Method::Lora || self.quantize == Quantization::None;
+        require(exact_only, "quantize", &self.quantize, "none with method full")
     }
 
     fn check_objective(&self) -> Result<(), TrainError> {

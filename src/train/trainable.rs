@@ -49,7 +49,7 @@ impl Trainable {
             };
             return Ok(Self { decoder, adapter: None, from_random });
         }
-        let decoder = Decoder::load(dir, WeightMode::Frozen)?;
+        let decoder = Decoder::load(dir, config.quantize.into())?;
         let adapter = match &config.init_adapter {
             Some(adapter) => LoraAdapter::read(adapter, decoder.config(), true)?,
             None => LoraAdapter::fresh(&config.lora()?, decoder.config(), config.seed)?,

@@ -1,21 +1,40 @@
 //! `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+//!
+//! Only headers are read at once. A tensor is read row by row to where it is packed, so that memory
+//! never holds a file beside the weights made of it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use candle_core::{DType, Device, Tensor};
-use safetensors::{Dtype, SafeTensors};
+use safetensors::{Dtype, tensor::Metadata};
 use serde::Deserialize;
 
 use crate::model::ModelError;
 
+/// The safetensors format's own limit on a header.
+const MAX_HEADER_BYTES: u64 = 100_000_000;
+
 /// The tensors of a folder, each in its file's dtype.
 pub(in crate::model) struct SafetensorsFolder {
-    tensors: BTreeMap<String, (Tensor, PathBuf)>,
+    tensors: BTreeMap<String, StoredTensor>,
     dir: PathBuf,
+}
+
+/// One tensor of a file.
+#[derive(Clone)]
+pub(in crate::model) struct StoredTensor {
+    file: Arc<File>,
+    path: PathBuf,
+    /// Its first byte in the file.
+    start: u64,
+    pub(in crate::model) dtype: DType,
+    shape: Vec<usize>,
 }
 
 #[derive(Deserialize)]
@@ -29,48 +48,62 @@ impl SafetensorsFolder {
         dir.join("model.safetensors").exists() || dir.join("model.safetensors.index.json").exists()
     }
 
-    /// Reads every tensor once.
-    pub(in crate::model) fn read(dir: &Path) -> Result<Self, ModelError> {
+    /// Reads the headers of all files.
+    pub(in crate::model) fn open(dir: &Path) -> Result<Self, ModelError> {
         let mut folder = Self { tensors: BTreeMap::new(), dir: dir.to_owned() };
         for path in shards(dir)? {
-            folder.read_file(&path)?;
+            folder.open_file(path)?;
         }
         Ok(folder)
     }
 
-    /// Takes a tensor out, checking its shape.
-    pub(in crate::model) fn take(
-        &mut self,
+    /// Finds a tensor, checking its shape.
+    pub(in crate::model) fn find(
+        &self,
         name: &str,
         shape: &[usize],
-    ) -> Result<Tensor, ModelError> {
-        let broken = |path: PathBuf, message: String| ModelError::Weights { path, message };
-        let (tensor, path) = self
+    ) -> Result<&StoredTensor, ModelError> {
+        let broken =
+            |path: &Path, message: String| ModelError::Weights { path: path.to_owned(), message };
+        let tensor = self
             .tensors
-            .remove(name)
-            .ok_or_else(|| broken(self.dir.clone(), format!("tensor {name:?} is missing")))?;
-        if tensor.dims() == shape {
+            .get(name)
+            .ok_or_else(|| broken(&self.dir, format!("tensor {name:?} is missing")))?;
+        if tensor.shape == shape {
             return Ok(tensor);
         }
-        let has = tensor.dims();
+        let has = &tensor.shape;
         Err(broken(
-            path,
+            &tensor.path,
             format!("tensor {name:?} has shape {has:?}, config.json asks for {shape:?}"),
         ))
     }
 
-    fn read_file(&mut self, path: &Path) -> Result<(), ModelError> {
-        let broken = |message: String| ModelError::Weights { path: path.to_owned(), message };
-        let file = File::open(path).map_err(ModelError::io(path))?;
-        // SAFETY: the mapping is read once, right here, and dropped at the end of this function;
-        // base models are not rewritten in place while they are loaded.
-        #[allow(unsafe_code)]
-        let mapping = unsafe { memmap2::Mmap::map(&file) }.map_err(ModelError::io(path))?;
-        let views =
-            SafeTensors::deserialize(&mapping).map_err(|error| broken(error.to_string()))?;
-        for (name, view) in views.iter() {
+    fn open_file(&mut self, path: PathBuf) -> Result<(), ModelError> {
+        let broken = |message: String| ModelError::Weights { path: path.clone(), message };
+        let file = File::open(&path).map_err(ModelError::io(&path))?;
+        let length = file.metadata().map_err(ModelError::io(&path))?.len();
+        // 1. The header: its length, then JSON.
+        let mut prefix = [0; 8];
+        file.read_exact_at(&mut prefix, 0).map_err(|_| broken("no safetensors header".into()))?;
+        let header_bytes = u64::from_le_bytes(prefix);
+        if header_bytes > MAX_HEADER_BYTES.min(length - 8) {
+            return Err(broken(format!("a header of {header_bytes} bytes")));
+        }
+        let mut header = vec![0; usize::try_from(header_bytes).unwrap_or(0)];
+        file.read_exact_at(&mut header, 8).map_err(ModelError::io(&path))?;
+        // Reading it checks that the tensors lie one after the other without a gap.
+        let metadata: Metadata =
+            serde_json::from_slice(&header).map_err(|error| broken(error.to_string()))?;
+        let data = 8 + header_bytes;
+        if data + metadata.data_len() as u64 != length {
+            return Err(broken(format!("{length} bytes do not hold the tensors of the header")));
+        }
+        // 2. Where each tensor is.
+        let file = Arc::new(file);
+        for (name, info) in metadata.tensors() {
             #[allow(clippy::wildcard_enum_match_arm)]
-            let dtype = match view.dtype() {
+            let dtype = match info.dtype {
                 Dtype::F32 => DType::F32,
                 Dtype::BF16 => DType::BF16,
                 Dtype::F16 => DType::F16,
@@ -80,10 +113,26 @@ impl SafetensorsFolder {
                     )));
                 }
             };
-            let tensor = Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?;
-            self.tensors.insert(name.to_owned(), (tensor, path.to_owned()));
+            let (start, shape) = (data + info.data_offsets.0 as u64, info.shape.clone());
+            let (file, path) = (Arc::clone(&file), path.clone());
+            self.tensors.insert(name, StoredTensor { file, path, start, dtype, shape });
         }
         Ok(())
+    }
+}
+
+impl StoredTensor {
+    /// Fills `bytes` from byte `offset` of the tensor on.
+    pub(in crate::model) fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), ModelError> {
+        self.file.read_exact_at(bytes, self.start + offset).map_err(ModelError::io(&self.path))
+    }
+
+    /// The whole tensor.
+    pub(in crate::model) fn tensor(&self) -> Result<Tensor, ModelError> {
+        let count: usize = self.shape.iter().product();
+        let mut bytes = vec![0; count * self.dtype.size_in_bytes()];
+        self.read(0, &mut bytes)?;
+        Ok(Tensor::from_raw_buffer(&bytes, self.dtype, &self.shape, &Device::Cpu)?)
     }
 }
 

@@ -1,0 +1,248 @@
+//! Products whose panels are made on the way: a block of the matrix at a time is turned into f32
+//! panels, which then serve all rows.
+//!
+//! This is how a packed matrix multiplies from the other side (the gradient of an input), and how a
+//! matrix that changes with every step, and is therefore never packed, is multiplied at all. The sums
+//! have the order of `product.rs`, so a matrix gives the same bits packed and not packed.
+
+use std::ops::Range;
+
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::{
+    Kernels,
+    panels::{PackedWeight, WeightForm},
+    product::{PanelTile, SUM_BLOCK, with_row_tiles},
+    simd::{LANES, Simd, Weight, load_partial},
+    threads::Shared,
+};
+
+/// Panels that one task makes and uses.
+const TASK_PANELS: usize = 4;
+
+/// Where panels come from: sixteen columns of the product, over some terms of its sums.
+#[derive(Clone, Copy)]
+pub(super) enum Source<'a> {
+    /// Columns are input features, terms output features.
+    Packed(&'a PackedWeight),
+    /// `[columns, terms]`
+    ColumnsTerms(&'a [f32], usize),
+    /// `[terms, columns]`
+    TermsColumns(&'a [f32], usize),
+}
+
+/// Sixteen columns from `column` on, to `[terms][16]`.
+pub(super) struct TurnTile<'a> {
+    source: Source<'a>,
+    column: usize,
+    columns: usize,
+    terms: Range<usize>,
+    to: &'a mut [f32],
+}
+
+impl PackedWeight {
+    /// `out = grad W`: `grad [rows, out]`, `out [rows, in]`, the gradient of [`Self::linear`]'s input
+    /// as the weights are held. `grad` is not rounded.
+    ///
+    /// # Panics
+    /// Where the lengths do not fit each other.
+    pub fn input_gradient(&self, kernels: &Kernels, grad: &[f32], out: &mut [f32]) {
+        let [terms, columns] = self.shape();
+        product(kernels, grad, (terms, columns), Source::Packed(self), out);
+    }
+}
+
+/// `out = x W^T`, `W [out_features, in_features]` as plain rows.
+///
+/// # Panics
+/// Where the lengths do not fit each other.
+pub fn linear(kernels: &Kernels, x: &[f32], weight: &[f32], in_features: usize, out: &mut [f32]) {
+    let out_features = weight.len() / in_features.max(1);
+    assert_eq!(
+        weight.len(),
+        out_features * in_features,
+        "weight is not whole rows of {in_features}"
+    );
+    let source = Source::ColumnsTerms(weight, in_features);
+    product(kernels, x, (in_features, out_features), source, out);
+}
+
+/// `out = grad W`, `W [out_features, in_features]` as plain rows.
+///
+/// # Panics
+/// Where the lengths do not fit each other.
+pub fn input_gradient(
+    kernels: &Kernels,
+    grad: &[f32],
+    weight: &[f32],
+    in_features: usize,
+    out: &mut [f32],
+) {
+    let out_features = weight.len() / in_features.max(1);
+    assert_eq!(
+        weight.len(),
+        out_features * in_features,
+        "weight is not whole rows of {in_features}"
+    );
+    let source = Source::TermsColumns(weight, in_features);
+    product(kernels, grad, (out_features, in_features), source, out);
+}
+
+fn product(
+    kernels: &Kernels,
+    x: &[f32],
+    (terms, columns): (usize, usize),
+    source: Source<'_>,
+    out: &mut [f32],
+) {
+    let rows = x.len() / terms.max(1);
+    assert_eq!(x.len(), rows * terms, "x is not whole rows of {terms}");
+    assert_eq!(out.len(), rows * columns, "out is not {rows} x {columns}");
+    if rows == 0 || columns == 0 {
+        return;
+    }
+    let shared = Shared(out.as_mut_ptr());
+    let panels = columns.div_ceil(LANES);
+    with_row_tiles(kernels, x, terms, |x| {
+        let task = |scratch: &mut Vec<f32>, task: usize| {
+            let panels = task * TASK_PANELS..((task + 1) * TASK_PANELS).min(panels);
+            scratch.resize(TASK_PANELS * SUM_BLOCK * LANES, 0.0);
+            for start in (0..terms).step_by(SUM_BLOCK) {
+                let block = start..(start + SUM_BLOCK).min(terms);
+                for (panel, to) in panels.clone().zip(scratch.chunks_exact_mut(SUM_BLOCK * LANES)) {
+                    let column = panel * LANES;
+                    let terms = block.clone();
+                    let tile = TurnTile { source, column, columns, terms, to };
+                    // SAFETY: the table's functions are for this CPU.
+                    unsafe { (kernels.turn)(tile) };
+                }
+                let tile = PanelTile {
+                    x,
+                    first_term: start,
+                    terms: block.len(),
+                    weight: scratch.as_ptr().cast(),
+                    panel_bytes: SUM_BLOCK * LANES * size_of::<f32>(),
+                    bias: std::ptr::null(),
+                    out: shared.get(),
+                    columns,
+                    rows: 0..rows,
+                    panels: panels.clone(),
+                    first_panel: panels.start,
+                    accumulate: start > 0,
+                };
+                // SAFETY: the lengths were checked above; tasks write disjoint columns.
+                unsafe { tile.run(kernels, WeightForm::F32) };
+            }
+        };
+        let tasks = panels.div_ceil(TASK_PANELS);
+        if rayon::current_num_threads() == 1 || rows * terms * columns < 64 * 1024 {
+            let mut scratch = Vec::new();
+            (0..tasks).for_each(|index| task(&mut scratch, index));
+        } else {
+            (0..tasks).into_par_iter().with_max_len(1).for_each_init(Vec::new, task);
+        }
+    });
+}
+
+/// # Safety
+/// The CPU has the features of `S`.
+#[inline(always)]
+pub(super) unsafe fn turn_tile<S: Simd>(tile: TurnTile<'_>) {
+    let TurnTile { source, column, columns, terms, to } = tile;
+    let lanes = (columns - column).min(LANES);
+    // Sixteen terms at a time: whole panels of a packed source, squares of the others.
+    for (index, to) in to.chunks_mut(LANES * LANES).enumerate() {
+        let first = terms.start + index * LANES;
+        if first >= terms.end {
+            return;
+        }
+        let count = (terms.end - first).min(LANES);
+        // SAFETY: the functions read only what exists; `to` is sixteen vectors long.
+        unsafe {
+            let square = match source {
+                Source::Packed(weight) => {
+                    S::transpose(packed_rows::<S>(weight, first, column, lanes))
+                }
+                Source::ColumnsTerms(data, stride) => {
+                    S::transpose(plain_rows::<S>(data, stride, (column, lanes), (first, count)))
+                }
+                Source::TermsColumns(data, stride) => {
+                    plain_rows::<S>(data, stride, (first, count), (column, lanes))
+                }
+            };
+            for (vector, to) in square.into_iter().zip(to.chunks_exact_mut(LANES)) {
+                S::store(to.as_mut_ptr(), vector);
+            }
+        }
+    }
+}
+
+/// Vector `i`: `count` elements from `column` on of row `row + i`. Zero where there are none.
+#[inline(always)]
+unsafe fn plain_rows<S: Simd>(
+    data: &[f32],
+    stride: usize,
+    (row, rows): (usize, usize),
+    (column, count): (usize, usize),
+) -> [S::V; LANES] {
+    std::array::from_fn(|i| {
+        // SAFETY: the slice has `count` elements.
+        unsafe {
+            if i >= rows {
+                return S::splat(0.0);
+            }
+            let from = &data[(row + i) * stride + column..][..count];
+            if count == LANES {
+                S::load(from.as_ptr())
+            } else {
+                load_partial::<S>(from.as_ptr(), count)
+            }
+        }
+    })
+}
+
+/// Vector `j`: term `term + j` of the sixteen columns of the panel that row `row` begins. Zero where
+/// there are none.
+#[inline(always)]
+unsafe fn packed_rows<S: Simd>(
+    weight: &PackedWeight,
+    row: usize,
+    term: usize,
+    count: usize,
+) -> [S::V; LANES] {
+    let panel_bytes = weight.panel_bytes();
+    let panel = &weight.data.bytes()[row / LANES * panel_bytes..][..panel_bytes];
+    // SAFETY: `term` is a multiple of sixteen, and a panel has whole pairs of terms.
+    unsafe {
+        match weight.form() {
+            WeightForm::F32 => pairs::<S, f32>(panel, term, count),
+            WeightForm::F16 => pairs::<S, f16>(panel, term, count),
+            WeightForm::Bf16 => pairs::<S, bf16>(panel, term, count),
+            WeightForm::Int8 | WeightForm::Int4 => std::array::from_fn(|j| {
+                let values: [f32; LANES] = std::array::from_fn(|lane| {
+                    let exists = j < count && row + lane < weight.shape()[0];
+                    if exists { weight.value(row + lane, term + j) } else { 0.0 }
+                });
+                S::load(values.as_ptr())
+            }),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn pairs<S: Simd, W: Weight>(panel: &[u8], term: usize, count: usize) -> [S::V; LANES] {
+    // SAFETY: lane arithmetic.
+    let mut vectors = [unsafe { S::splat(0.0) }; LANES];
+    for j in (0..count).step_by(2) {
+        let at = (term + j) * LANES * size_of::<W>();
+        let pair = &panel[at..at + 2 * LANES * size_of::<W>()];
+        // SAFETY: the slice holds the pair.
+        let [first, second] = unsafe { W::load_pair::<S>(pair.as_ptr().cast()) };
+        vectors[j] = first;
+        if j + 1 < count {
+            vectors[j + 1] = second;
+        }
+    }
+    vectors
+}

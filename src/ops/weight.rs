@@ -1,0 +1,152 @@
+//! The matrix of a projection, an embedding or a head, frozen or trained.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Error, Result, Tensor};
+
+use crate::kernels::{PackedWeight, WeightForm};
+
+/// How exactly frozen matrices are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Precision {
+    /// As in the file.
+    Exact,
+    /// 8 bits and a scale for each 32 weights.
+    Int8,
+    /// 4 bits and a scale for each 32 weights.
+    Int4,
+}
+
+/// A matrix `[out, in]`. Cloning shares it.
+#[derive(Clone)]
+pub enum Weight {
+    /// f32, as candle holds it; receives a gradient where it is a variable.
+    Plain(Tensor),
+    /// Packed for the kernels; never receives a gradient, and candle never sees it.
+    Packed(Arc<PackedWeight>),
+}
+
+impl From<Tensor> for Weight {
+    fn from(tensor: Tensor) -> Self {
+        Self::Plain(tensor)
+    }
+}
+
+impl Weight {
+    /// Packs a matrix of `dtype`, whose rows `read(row, bytes)` copies as they lie in a file; called
+    /// for some rows at a time, from several threads.
+    ///
+    /// # Errors
+    /// Those of `read`; a dtype that weights cannot have.
+    pub fn pack<E: From<Error> + Send>(
+        precision: Precision,
+        dtype: DType,
+        shape: [usize; 2],
+        read: impl Fn(usize, &mut [u8]) -> std::result::Result<(), E> + Sync,
+    ) -> std::result::Result<Self, E> {
+        let source = form(dtype)?;
+        let form = match precision {
+            Precision::Exact => source,
+            Precision::Int8 => WeightForm::Int8,
+            Precision::Int4 => WeightForm::Int4,
+        };
+        Ok(Self::Packed(Arc::new(PackedWeight::pack(form, source, shape, read)?)))
+    }
+
+    /// Packs the values of a tensor `[out, in]`.
+    ///
+    /// # Errors
+    /// Another shape or a dtype that weights cannot have.
+    pub fn pack_tensor(precision: Precision, tensor: &Tensor) -> Result<Self> {
+        let (rows, columns) = tensor.dims2()?;
+        let bytes = little_endian(tensor)?;
+        let row_bytes = columns * tensor.dtype().size_in_bytes();
+        Self::pack(precision, tensor.dtype(), [rows, columns], |row, to: &mut [u8]| {
+            to.copy_from_slice(&bytes[row * row_bytes..][..to.len()]);
+            Ok(())
+        })
+    }
+
+    /// Rows and columns.
+    ///
+    /// # Errors
+    /// A plain tensor of another rank.
+    pub fn dims2(&self) -> Result<(usize, usize)> {
+        match self {
+            Self::Plain(tensor) => tensor.dims2(),
+            Self::Packed(packed) => Ok(packed.shape().into()),
+        }
+    }
+
+    /// The dtype of the values before they were packed.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        match self {
+            Self::Plain(tensor) => tensor.dtype(),
+            Self::Packed(packed) => match packed.source() {
+                WeightForm::F16 => DType::F16,
+                WeightForm::Bf16 => DType::BF16,
+                WeightForm::F32 | WeightForm::Int8 | WeightForm::Int4 => DType::F32,
+            },
+        }
+    }
+
+    /// The matrix as a tensor, untracked: bit for bit what was packed, if it was packed exactly.
+    ///
+    /// # Errors
+    /// Where there is no memory for it.
+    pub fn to_tensor(&self) -> Result<Tensor> {
+        match self {
+            Self::Plain(tensor) => Ok(tensor.detach()),
+            Self::Packed(packed) => {
+                let shape = packed.shape().to_vec();
+                Tensor::from_raw_buffer(&packed.unpack(), self.dtype(), &shape, &Device::Cpu)
+            }
+        }
+    }
+
+    /// Bytes in memory.
+    #[must_use]
+    pub fn num_bytes(&self) -> usize {
+        match self {
+            Self::Plain(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
+            Self::Packed(packed) => packed.num_bytes(),
+        }
+    }
+
+    /// Elements of the matrix.
+    #[must_use]
+    pub fn elem_count(&self) -> usize {
+        match self {
+            Self::Plain(tensor) => tensor.elem_count(),
+            Self::Packed(packed) => packed.shape().iter().product(),
+        }
+    }
+}
+
+fn form(dtype: DType) -> Result<WeightForm> {
+    #[allow(clippy::wildcard_enum_match_arm, reason = "many dtypes are no weights")]
+    match dtype {
+        DType::F32 => Ok(WeightForm::F32),
+        DType::F16 => Ok(WeightForm::F16),
+        DType::BF16 => Ok(WeightForm::Bf16),
+        other => Err(Error::UnsupportedDTypeForOp(other, "weight").bt()),
+    }
+}
+
+fn little_endian(tensor: &Tensor) -> Result<Vec<u8>> {
+    let flat = tensor.flatten_all()?;
+    #[allow(clippy::wildcard_enum_match_arm, reason = "many dtypes are no weights")]
+    match tensor.dtype() {
+        DType::F32 => Ok(flat.to_vec1::<f32>()?.into_iter().flat_map(f32::to_le_bytes).collect()),
+        DType::F16 => {
+            Ok(flat.to_vec1::<half::f16>()?.into_iter().flat_map(half::f16::to_le_bytes).collect())
+        }
+        DType::BF16 => Ok(flat
+            .to_vec1::<half::bf16>()?
+            .into_iter()
+            .flat_map(half::bf16::to_le_bytes)
+            .collect()),
+        other => Err(Error::UnsupportedDTypeForOp(other, "weight").bt()),
+    }
+}
