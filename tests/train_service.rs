@@ -308,7 +308,7 @@ fn a_run_that_outgrows_its_memory_fails_in_itself() {
     let dir = TempDir::new();
     chats(&dir.join("rows.jsonl"), 8);
     chats(&dir.join("valid.jsonl"), 2);
-    let output = train(&dir, &["--memory-limit", "16MiB", "--threads", "1"]).output().unwrap();
+    let output = train(&dir, &["--memory-limit", "8MiB", "--threads", "1"]).output().unwrap();
     assert!(!output.status.success());
     assert!(!output.stderr.is_empty());
     assert!(!dir.join("adapter").exists());

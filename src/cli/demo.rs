@@ -121,6 +121,8 @@ fn check(places: &Places, recipe: &TrainConfig) -> anyhow::Result<Vec<Value>> {
         epochs: recipe.epochs,
         batch_size: recipe.batch_size,
         show: 0,
+        columns: None,
+        text_column: None,
         json: false,
         method: None,
     };
@@ -148,8 +150,8 @@ fn check(places: &Places, recipe: &TrainConfig) -> anyhow::Result<Vec<Value>> {
 fn train_adapter(places: &Places, threads: Option<usize>) -> anyhow::Result<()> {
     let config = TrainConfig {
         model: show(&places.base),
-        data: places.train.clone(),
-        valid: Some(places.valid.clone()),
+        data: places.train.clone().into(),
+        valid: Some(places.valid.clone().into()),
         output: places.adapter.clone(),
         overwrite: true,
         threads,

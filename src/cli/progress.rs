@@ -7,6 +7,7 @@ use std::{
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::train::forecast::Forecast;
 use crate::train::TrainEvent;
 
 /// Plain lines come at most this often.
@@ -22,6 +23,7 @@ pub(super) struct Progress {
     /// Running means of a step's tokens and seconds.
     speed: Option<(f64, f64)>,
     last_line: Option<Instant>,
+    forecast: Forecast,
 }
 
 impl Progress {
@@ -32,11 +34,14 @@ impl Progress {
             let style = ProgressStyle::with_template(template);
             ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         });
-        Self { bar, total_steps: 0, speed: None, last_line: None }
+        Self { bar, total_steps: 0, speed: None, last_line: None, forecast: Forecast::default() }
     }
 
     /// Shows one event.
     pub(super) fn show(&mut self, event: &TrainEvent) {
+        if let Some(line) = self.forecast.hear(event) {
+            self.say(&line);
+        }
         match event {
             TrainEvent::Started { step, total_steps, num_trained_parameters, .. } => {
                 self.total_steps = *total_steps;

@@ -34,7 +34,7 @@ pub use optimizer::{AdamW, AdamWConfig, Moments};
 pub use recipe::Recipe;
 pub use report::loss_curve_svg;
 pub use schedule::{Schedule, warmup_steps};
-pub use trainer::run;
+pub use trainer::{num_workers, rehearse, run};
 pub use workspace::work_dir;
 
 use crate::adapters::AdapterError;
@@ -154,6 +154,21 @@ pub enum TrainError {
         value: f64,
         /// The step, counted from 1.
         step: usize,
+    },
+    /// A loss that went up and stayed there.
+    #[error(
+        "the loss is {loss:.3} at step {step} and has been above 3 times its median ({median:.3}) for \
+         {steps} steps; go on from an earlier checkpoint with a lower lr, or without stop_on_spike"
+    )]
+    LossSpike {
+        /// The step, counted from 1.
+        step: usize,
+        /// For how many steps.
+        steps: usize,
+        /// Its value.
+        loss: f64,
+        /// Of the steps before.
+        median: f64,
     },
     /// A graph that is cut somewhere.
     #[error("no gradient reaches {parameter}")]

@@ -22,7 +22,7 @@ use super::{
     workspace::{EVENTS_FILE, Workspace},
 };
 use crate::adapters::{AdapterCard, LoraAdapter};
-use crate::publish::{publish_dir, sha256_file};
+use crate::publish::{publish_dir, sha256_file, sha256_hex};
 
 /// Files of the base that belong beside any weights trained on it.
 const COMPANIONS: &[&str] = &[
@@ -166,13 +166,21 @@ fn card(run: &Finished<'_>, digest: &str) -> AdapterCard {
     let valid = report::last_validation(run.log.events())
         .map(|(loss, accuracy)| json!({"loss": loss, "token_accuracy": accuracy}));
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let train = run.job.sources.iter().find(|source| source.role == "train");
+    let train: Vec<&str> = (run.job.sources.iter())
+        .filter(|source| source.role == "train")
+        .map(|source| source.sha256.as_str())
+        .collect();
+    // Of one file its own hash, of several a hash of theirs.
+    let data_sha256 = match train.as_slice() {
+        [only] => (*only).to_owned(),
+        several => sha256_hex(&[several.concat().as_bytes()]),
+    };
     AdapterCard {
         created_by: format!("tunesmith {}", env!("CARGO_PKG_VERSION")),
         created_at: now.as_secs(),
         base_model: run.job.config.model.clone(),
         base_fingerprint: run.model.decoder.fingerprint().to_owned(),
-        data_sha256: train.map_or(String::new(), |source| source.sha256.clone()),
+        data_sha256,
         num_examples: run.job.train.len() as u64,
         configuration: json!({
             "digest": digest,

@@ -27,6 +27,10 @@ use crate::model::Dropout;
 /// Models with more parameters than this keep all cores busy with one micro-batch.
 const MAX_PARALLEL_PARAMETERS: usize = 60_000_000;
 const MAX_WORKERS: usize = 8;
+/// A loss above this many times the median of the last steps is a spike.
+const SPIKE_FACTOR: f64 = 3.0;
+/// Steps whose median that is; fewer say too little.
+const SPIKE_WINDOW: usize = 20;
 
 /// Trains as `job` says and publishes the output. `observer` hears of every event; when `stop`
 /// becomes true, the run ends with a checkpoint at the last step border.
@@ -47,7 +51,8 @@ pub fn run(
         observer(&TrainEvent::Published { step, path });
         return Ok(summary);
     }
-    let mut trainer = Trainer::new(job, observer, stop)?;
+    let workspace = Workspace::open(&job.config.output)?;
+    let mut trainer = Trainer::new(job, Some(workspace), observer, stop)?;
     let outcome = trainer.train(stop)?;
     if outcome == Outcome::Stopped {
         return trainer.stop();
@@ -55,11 +60,29 @@ pub fn run(
     trainer.publish(outcome)
 }
 
+/// Makes the first `num_steps` optimizer steps of `job`, as [`run`] would, and forgets them: nothing
+/// is written. `observer` hears what they cost.
+///
+/// # Errors
+/// Every [`TrainError`] that a run can meet up to there.
+pub fn rehearse(
+    job: &TrainJob,
+    num_steps: usize,
+    observer: &mut dyn FnMut(&TrainEvent),
+    stop: &AtomicBool,
+) -> Result<(), TrainError> {
+    job.config.validate()?;
+    let mut trainer = Trainer::new(job, None, observer, stop)?;
+    while trainer.step < num_steps.min(trainer.schedule.total_steps) && trainer.make_step(stop)? {}
+    Ok(())
+}
+
 /// One run.
 struct Trainer<'a> {
     job: &'a TrainJob,
     observer: &'a mut dyn FnMut(&TrainEvent),
-    workspace: Workspace,
+    /// Where things are written; `None` in a rehearsal.
+    workspace: Option<Workspace>,
     model: Trainable,
     optimizer: AdamW,
     gradients: Gradients,
@@ -83,16 +106,18 @@ impl<'a> Trainer<'a> {
     /// Loads the model and, to resume, the newest good checkpoint.
     fn new(
         job: &'a TrainJob,
+        workspace: Option<Workspace>,
         observer: &'a mut dyn FnMut(&TrainEvent),
         stop: &AtomicBool,
     ) -> Result<Self, TrainError> {
         let started = Instant::now();
         let config = &job.config;
-        let workspace = Workspace::open(&config.output)?;
         let model = Trainable::load(&job.model_dir, config)?;
         check_examples(job, model.decoder.config().vocab_size)?;
-        epochs::prepare(config)?;
-        let workers = Workers::new(num_workers(&model))?;
+        if workspace.is_some() {
+            epochs::prepare(config)?;
+        }
+        let workers = Workers::new(num_workers(model.decoder.num_parameters()))?;
         // Before a checkpoint is read: the parameters are still those of the start, so a resumed run
         // compares with the same numbers.
         let mut at_start = (Vec::new(), Vec::new());
@@ -144,7 +169,9 @@ impl<'a> Trainer<'a> {
         if config.resume {
             trainer.resume()?;
         }
-        trainer.workspace.rewrite_events(trainer.log.text())?;
+        if let Some(workspace) = &mut trainer.workspace {
+            workspace.rewrite_events(trainer.log.text())?;
+        }
         trainer.say_started()?;
         Ok(trainer)
     }
@@ -160,6 +187,7 @@ impl<'a> Trainer<'a> {
             if !self.make_step(stop)? {
                 return Ok(Outcome::Stopped);
             }
+            self.watch_for_spikes()?;
             let at_end = self.step == self.schedule.total_steps;
             let at_epoch = self.step.is_multiple_of(self.plan.steps_per_epoch());
             if at_epoch && config.epoch_dir.is_some() && !at_end {
@@ -234,6 +262,26 @@ impl<'a> Trainer<'a> {
         Ok(true)
     }
 
+    /// Warns when the loss has been far above its median for `spike_steps` steps, and ends the run
+    /// there if that is wanted. The newest good checkpoint stays.
+    fn watch_for_spikes(&mut self) -> Result<(), TrainError> {
+        let config = &self.job.config;
+        let Some((median, loss)) =
+            report::spike(self.log.events(), SPIKE_WINDOW, SPIKE_FACTOR, config.spike_steps)
+        else {
+            return Ok(());
+        };
+        let (step, steps) = (self.step, config.spike_steps);
+        if config.stop_on_spike {
+            return Err(TrainError::LossSpike { step, steps, loss, median });
+        }
+        let message = format!(
+            "the loss is {loss:.3} at step {step} and has been above {SPIKE_FACTOR} times its median \
+             ({median:.3}) for {steps} steps; a lower lr or a longer warm-up may help"
+        );
+        self.say(TrainEvent::Warning { message })
+    }
+
     /// Loss and accuracy on the validation examples: all of them, or the next few.
     fn validate(&mut self, full: bool) -> Result<(), TrainError> {
         let begun = Instant::now();
@@ -273,9 +321,10 @@ impl<'a> Trainer<'a> {
 
     /// Goes back to the newest good checkpoint, if there is one.
     fn resume(&mut self) -> Result<(), TrainError> {
+        let Some(workspace) = &self.workspace else { return Ok(()) };
         let mut skipped = Vec::new();
         let mut remember = |reason: &TrainError| skipped.push(reason.to_string());
-        let found = checkpoint::newest_checkpoint(&self.workspace.checkpoints(), &mut remember)?;
+        let found = checkpoint::newest_checkpoint(&workspace.checkpoints(), &mut remember)?;
         if let Some(mut checkpoint) = found {
             self.recipe.check(&checkpoint.recipe, &checkpoint.path)?;
             self.log = std::mem::take(&mut checkpoint.log);
@@ -291,7 +340,8 @@ impl<'a> Trainer<'a> {
     }
 
     fn write_checkpoint(&mut self) -> Result<(), TrainError> {
-        let folder = self.workspace.checkpoints();
+        let Some(workspace) = &self.workspace else { return Ok(()) };
+        let folder = workspace.checkpoints();
         let path = checkpoint::write_checkpoint(
             &folder,
             self.step,
@@ -325,8 +375,8 @@ impl<'a> Trainer<'a> {
         let path = config.output.clone();
         self.say(TrainEvent::Published { step: self.step, path: path.clone() })?;
         let summary = self.summary(outcome, path, digest);
-        if !config.keep_work {
-            self.workspace.remove()?;
+        if let Some(workspace) = self.workspace.take().filter(|_| !config.keep_work) {
+            workspace.remove()?;
         }
         Ok(summary)
     }
@@ -375,13 +425,18 @@ impl<'a> Trainer<'a> {
     fn say(&mut self, event: TrainEvent) -> Result<(), TrainError> {
         (self.observer)(&event);
         let line = self.log.push(event);
-        self.workspace.append_event(&line)
+        match &mut self.workspace {
+            Some(workspace) => workspace.append_event(&line),
+            None => Ok(()),
+        }
     }
 }
 
-/// Micro-batches at once. Only where their activations are small: each worker has its own.
-fn num_workers(model: &Trainable) -> usize {
-    let small = model.decoder.num_parameters() < MAX_PARALLEL_PARAMETERS;
+/// Micro-batches at once, for a model of so many parameters. Only where their activations are small:
+/// each worker has its own.
+#[must_use]
+pub fn num_workers(num_parameters: usize) -> usize {
+    let small = num_parameters < MAX_PARALLEL_PARAMETERS;
     if small { rayon::current_num_threads().min(MAX_WORKERS) } else { 1 }
 }
 
