@@ -134,6 +134,11 @@ fn columns_of_other_names_are_read_as_the_mapping_says() {
     assert_eq!((rows.len(), errors), (2, vec![]));
     let RowBody::Chat { messages, tools, .. } = &rows[0].body else { panic!("chat expected") };
     assert_eq!((messages.len(), tools.as_ref().map(Vec::len)), (2, Some(1)));
+    // As a table tool prints a list into a cell.
+    let cell = "\"[{'role': 'user', 'content': 'it\\'s'}, {'role': 'assistant', 'content': 'b'}]\"";
+    fs::write(dir.join("talk.csv"), format!("n,messages\n1,{cell}\n")).unwrap();
+    let report = check(&dir.0, &["talk.csv"]);
+    assert_eq!((&report["rows"], &report["kind"]), (&json!(1), &json!("chat")), "{report}");
 }
 
 #[test]

@@ -19,11 +19,11 @@ use super::{
     eval::{self, EvalArgs},
     progress::Progress,
     serve::{self, ServeArgs},
-    train::{prepare, show_problems},
+    train::{Prepared, prepare, show_problems},
 };
 use crate::data::{Row, RowBody, read_rows};
 use crate::eval::{EvalReport, Requirement, table};
-use crate::train::{TrainConfig, run as train};
+use crate::train::{TrainConfig, run_examined as train};
 
 /// What clients call the adapter.
 const ADAPTER_NAME: &str = "recipe-assistant";
@@ -166,9 +166,10 @@ fn train_adapter(places: &Places, threads: Option<usize>) -> anyhow::Result<()> 
         show(&places.adapter)
     );
     config.validate()?;
-    let job = prepare(config, &|line| println!("{line}"))?;
+    let Prepared { job, mut examiner } = prepare(config, &|line| println!("{line}"))?;
     let mut progress = Progress::new();
-    let result = train(&job, &mut |event| progress.show(event), &AtomicBool::new(false));
+    let stop = AtomicBool::new(false);
+    let result = train(&job, &mut |event| progress.show(event), Some(&mut examiner), &stop);
     progress.finish();
     let summary = result?;
     println!("published {} after {} steps", summary.path.display(), summary.step);

@@ -70,15 +70,17 @@ pub(super) fn bytes(number: u64) -> String {
     if mib < 1024.0 { format!("{mib:.1} MiB") } else { format!("{:.1} GiB", mib / 1024.0) }
 }
 
-/// Bytes that the forward pass keeps of a token for the backward pass, in all layers.
+/// Bytes that the passes hold of a token, in all layers.
 fn per_token(model: &ModelConfig, adapter_ranks: usize) -> usize {
+    /// What the forward pass keeps, and once more for gradients and the parts of sums: measured.
+    const HELD: usize = 2;
     let kv = model.num_kv_heads * model.head_dim;
     let queries = model.num_heads * model.head_dim;
     // Two norms, q and k before and after their rotation, v, what comes out of attention, of the two
     // blocks and of the two residual sums; gate, up, their activation and product; x A of adapters.
     let layer =
         6 * model.hidden_size + 3 * queries + 3 * kv + 4 * model.intermediate_size + adapter_ranks;
-    layer * model.num_layers * F32
+    HELD * layer * model.num_layers * F32
 }
 
 /// The most tokens in backward passes that run at once, over the steps of an epoch.

@@ -62,6 +62,14 @@ impl Progress {
                     token_accuracy * 100.0
                 ));
             }
+            TrainEvent::Generated { step, num_rows, exact_match, f1, .. } => self.say(&format!(
+                "step {step}: {num_rows} answers, exact match {:.1} %, F1 {f1:.3}",
+                exact_match * 100.0
+            )),
+            TrainEvent::Parity { max_difference, num_tokens, .. } => self.say(&format!(
+                "serving says what training says: log-probabilities of {num_tokens} tokens differ by at \
+                 most {max_difference:.1e}"
+            )),
             TrainEvent::Warning { message } => self.say(&format!("warning: {message}")),
             TrainEvent::Epoch { epoch, path, .. } => {
                 self.say(&format!("epoch {epoch}: published {}", path.display()));

@@ -2,7 +2,9 @@
 
 pub(super) mod args;
 mod data;
+mod examiner;
 pub(super) mod forecast;
+mod report_page;
 
 use std::{
     io::Write,
@@ -18,6 +20,7 @@ use anyhow::Context;
 pub(super) use self::args::TrainArgs;
 use self::{
     data::{DataReader, file_layer, say_overlap},
+    examiner::EngineExaminer,
     forecast::{dry_run, fit_memory},
 };
 use super::{
@@ -27,10 +30,12 @@ use super::{
     settings::layered,
     stop_signal::{stop_at_end_of_input, stop_on_signals},
 };
-use crate::data::{DataError, Encoder};
+use crate::data::{DataError, Encoder, questions};
 use crate::model::ModelConfig;
 use crate::text::{ChatTemplate, Tokenizer};
-use crate::train::{Outcome, TrainConfig, TrainEvent, TrainJob, TrainSummary, run as train};
+use crate::train::{
+    Outcome, TrainConfig, TrainEvent, TrainJob, TrainSummary, run_examined as train,
+};
 
 /// Problems of a data file that are shown before the rest is only counted.
 const MAX_SHOWN_PROBLEMS: usize = 50;
@@ -54,7 +59,7 @@ pub(super) fn run(args: &TrainArgs) -> anyhow::Result<ExitCode> {
     if args.leash {
         stop_at_end_of_input(&stop)?;
     }
-    let mut job = prepare(config, &say)?;
+    let Prepared { mut job, mut examiner } = prepare(config, &say)?;
     if eval_each_epoch {
         job.config.eval_every = job.train.len().div_ceil(job.config.batch_size);
     }
@@ -66,12 +71,13 @@ pub(super) fn run(args: &TrainArgs) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     if args.events {
-        train(&job, &mut |event| print_event(event, &stop), &stop)?;
+        let mut observer = |event: &TrainEvent| print_event(event, &stop);
+        train(&job, &mut observer, Some(&mut examiner), &stop)?;
         return Ok(ExitCode::SUCCESS);
     }
     println!("{}", serde_json::to_string(&job.config)?);
     let mut progress = Progress::new();
-    let result = train(&job, &mut |event| progress.show(event), &stop);
+    let result = train(&job, &mut |event| progress.show(event), Some(&mut examiner), &stop);
     progress.finish();
     print_summary(&result?);
     Ok(ExitCode::SUCCESS)
@@ -96,8 +102,14 @@ fn print_event(event: &TrainEvent, stop: &AtomicBool) {
     }
 }
 
+/// A run that can start, and who looks at what it makes.
+pub(super) struct Prepared {
+    pub(super) job: TrainJob,
+    pub(super) examiner: EngineExaminer,
+}
+
 /// Reads the data and turns it into examples; `say` gets a line or two about each file.
-pub(super) fn prepare(config: TrainConfig, say: &dyn Fn(&str)) -> anyhow::Result<TrainJob> {
+pub(super) fn prepare(config: TrainConfig, say: &dyn Fn(&str)) -> anyhow::Result<Prepared> {
     let model_dir = resolve_model(&config.model)?;
     let context = || format!("loading {}", model_dir.display());
     let tokenizer = Tokenizer::from_dir(&model_dir).with_context(context)?;
@@ -116,7 +128,13 @@ pub(super) fn prepare(config: TrainConfig, say: &dyn Fn(&str)) -> anyhow::Result
     let valid = valid.unwrap_or_default();
     say_overlap(&train.rows, &valid.rows, say);
     let sources = [train.files, valid.files].concat();
-    Ok(TrainJob { config, model_dir, train: train.examples, valid: valid.examples, sources })
+    let held_out = questions(&valid.rows);
+    let (questions, held_out) =
+        if held_out.is_empty() { (questions(&train.rows), false) } else { (held_out, true) };
+    let (train, valid) = (train.examples, valid.examples);
+    let job = TrainJob { config, model_dir, train, valid, sources };
+    let (tokenizer, template) = (Arc::new(tokenizer), Arc::new(template));
+    Ok(Prepared { job, examiner: EngineExaminer { tokenizer, template, questions, held_out } })
 }
 
 /// Prints every problem with its line; the error that is left says how many there were.

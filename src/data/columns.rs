@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{Columns, Problems};
+use super::{Columns, Problems, literal};
 
 /// Columns whose text may be JSON, as files of plain text columns have them.
 const LISTS: &[&str] = &[
@@ -101,15 +101,15 @@ pub(super) fn from_texts(record: Map<String, Value>) -> Map<String, Value> {
     record.into_iter().filter(|(_, value)| !is_empty(value)).map(read).collect()
 }
 
-/// A text that is a JSON list of objects (or an object) as that, everything else as it is.
+/// A text that is a list of objects (or an object), in JSON or as Python prints it, as that, everything else as it is.
 pub(super) fn from_text(value: Value) -> Value {
     let Value::String(text) = &value else { return value };
     if !text.trim_start().starts_with(['[', '{']) {
         return value;
     }
-    match serde_json::from_str::<Value>(text) {
-        Ok(list @ Value::Array(_)) if list[0].is_object() || list[0].is_array() => list,
-        Ok(object @ Value::Object(_)) => object,
+    match serde_json::from_str::<Value>(text).ok().or_else(|| literal::parse(text)) {
+        Some(list @ Value::Array(_)) if list[0].is_object() || list[0].is_array() => list,
+        Some(object @ Value::Object(_)) => object,
         _ => value,
     }
 }

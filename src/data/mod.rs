@@ -14,6 +14,7 @@ mod files;
 mod format;
 mod kind;
 pub mod kitchen;
+mod literal;
 mod question;
 mod read;
 mod source;

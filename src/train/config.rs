@@ -80,6 +80,10 @@ pub struct TrainConfig {
     pub eval_every: usize,
     /// Rows of a validation between epochs, in rotation; none = all.
     pub valid_batch: Option<usize>,
+    /// Generate answers to so many validation rows at each validation.
+    pub eval_generate: usize,
+    /// Answers before and after training that the report shows.
+    pub samples: usize,
     /// Publish the adapter at the end of each epoch as `step-N` in this folder.
     pub epoch_dir: Option<PathBuf>,
     /// Adapters that are kept there: the newest.
@@ -205,6 +209,8 @@ impl Default for TrainConfig {
             loss_on: LossTokens::Assistant,
             eval_every: 0,
             valid_batch: None,
+            eval_generate: 0,
+            samples: 4,
             epoch_dir: None,
             keep_epochs: 3,
             spike_steps: 5,
@@ -233,6 +239,8 @@ const FREE_KEYS: &[&str] = &[
     "init_adapter",
     "eval_every",
     "valid_batch",
+    "eval_generate",
+    "samples",
     "epoch_dir",
     "keep_epochs",
     "spike_steps",

@@ -12,7 +12,7 @@ use candle_core::DType;
 use serde_json::{Map, Value, json};
 
 use super::{
-    EventLog, Outcome, TrainError, TrainJob, TrainSummary, WeightDtype,
+    EventLog, Examination, Outcome, TrainError, TrainJob, TrainSummary, WeightDtype,
     checkpoint::newest_first,
     parity::PARITY_FILE,
     recipe::Recipe,
@@ -48,6 +48,8 @@ pub(super) struct Finished<'a> {
     pub(super) seconds: f64,
     /// Text of `parity.json`, if one is wanted.
     pub(super) parity: Option<String>,
+    /// What was found before it is published.
+    pub(super) examination: Examination,
 }
 
 /// Refuses to touch an output or an unfinished run that nobody said may go. A finished run that is
@@ -94,6 +96,9 @@ pub(super) fn publish(run: &Finished<'_>, output: &Path) -> Result<String, Train
         fs::write(dir.join(EVENTS_FILE), run.log.text())?;
         if let Some(parity) = &run.parity {
             fs::write(dir.join(PARITY_FILE), parity)?;
+        }
+        for (name, text) in &run.examination.files {
+            fs::write(dir.join(name), text)?;
         }
         fs::write(dir.join("loss.svg"), report::loss_curve_svg(run.log.events()))?;
         Ok(card(run, &digest).write(dir)?)
@@ -194,6 +199,7 @@ fn card(run: &Finished<'_>, digest: &str) -> AdapterCard {
                 "valid": valid,
                 "seconds": run.seconds,
             },
+            "examination": run.examination.card,
         }),
         curve: report::curve(run.log.events()),
     }

@@ -1,17 +1,18 @@
 //! The loop.
 
 use std::{
+    fs,
     path::PathBuf,
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
 use super::{
-    AdamW, AdamWConfig, BatchPlan, EventLog, Gradients, Objective, Outcome, Schedule, TrainConfig,
-    TrainError, TrainEvent, TrainJob, TrainSummary, checkpoint, clip_factor, epochs,
+    AdamW, AdamWConfig, BatchPlan, Candidate, EventLog, Examination, Examiner, Gradients,
+    Objective, Outcome, Schedule, Scored, TrainConfig, TrainError, TrainEvent, TrainJob,
+    TrainSummary, checkpoint, clip_factor, epochs,
     objective::{PairLogProbs, Part, Sums, parts, reference},
-    output,
-    parity::parity,
+    output, parity,
     recipe::Recipe,
     report,
     schedule::warmup_steps,
@@ -27,6 +28,8 @@ use crate::model::Dropout;
 /// Models with more parameters than this keep all cores busy with one micro-batch.
 const MAX_PARALLEL_PARAMETERS: usize = 60_000_000;
 const MAX_WORKERS: usize = 8;
+/// Sequences by which training and serving are compared.
+const NUM_COMPARED: usize = 8;
 /// A loss above this many times the median of the last steps is a spike.
 const SPIKE_FACTOR: f64 = 3.0;
 /// Steps whose median that is; fewer say too little.
@@ -45,6 +48,19 @@ pub fn run(
     observer: &mut dyn FnMut(&TrainEvent),
     stop: &AtomicBool,
 ) -> Result<TrainSummary, TrainError> {
+    run_examined(job, observer, None, stop)
+}
+
+/// [`run`], with an examiner who is asked at validations and before the output is published.
+///
+/// # Errors
+/// Every [`TrainError`].
+pub fn run_examined<'a>(
+    job: &'a TrainJob,
+    observer: &'a mut dyn FnMut(&TrainEvent),
+    examiner: Option<&'a mut dyn Examiner>,
+    stop: &AtomicBool,
+) -> Result<TrainSummary, TrainError> {
     job.config.validate()?;
     if let Some(summary) = output::check(job)? {
         let (step, path) = (summary.step, summary.path.clone());
@@ -53,6 +69,7 @@ pub fn run(
     }
     let workspace = Workspace::open(&job.config.output)?;
     let mut trainer = Trainer::new(job, Some(workspace), observer, stop)?;
+    trainer.examiner = examiner;
     let outcome = trainer.train(stop)?;
     if outcome == Outcome::Stopped {
         return trainer.stop();
@@ -81,6 +98,8 @@ pub fn rehearse(
 struct Trainer<'a> {
     job: &'a TrainJob,
     observer: &'a mut dyn FnMut(&TrainEvent),
+    /// Who can serve what is trained, if anybody.
+    examiner: Option<&'a mut dyn Examiner>,
     /// Where things are written; `None` in a rehearsal.
     workspace: Option<Workspace>,
     model: Trainable,
@@ -159,6 +178,7 @@ impl<'a> Trainer<'a> {
             last_checkpoint: (started, 0),
             job,
             observer,
+            examiner: None,
             workspace,
             model,
             optimizer,
@@ -298,7 +318,64 @@ impl<'a> Trainer<'a> {
         };
         let full = chosen.len() == valid.len();
         let seconds = begun.elapsed().as_secs_f64();
-        self.say(validation::event(config, self.step, full, measured, seconds))
+        self.say(validation::event(config, self.step, full, measured, seconds))?;
+        self.generate()
+    }
+
+    /// Has answers to validation rows generated, where that is wanted.
+    fn generate(&mut self) -> Result<(), TrainError> {
+        let Some(examiner) = self.examiner.take() else { return Ok(()) };
+        let (begun, step) = (Instant::now(), self.step);
+        let answered = if self.job.config.eval_generate == 0 || self.model.adapter.is_none() {
+            Ok(None)
+        } else {
+            self.as_candidate(&[], |candidate| examiner.generate(candidate)).map(Some)
+        };
+        self.examiner = Some(examiner);
+        let Some(generated) = answered? else { return Ok(()) };
+        self.say(TrainEvent::Generated {
+            step,
+            num_rows: generated.num_rows,
+            exact_match: generated.exact_match,
+            f1: generated.f1,
+            seconds: begun.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// Shows the adapter as it is now to `ask`, in a folder that is gone afterwards.
+    fn as_candidate<T>(
+        &self,
+        scored: &[Scored<'_>],
+        ask: impl FnOnce(&Candidate<'_>) -> Result<T, String>,
+    ) -> Result<T, TrainError> {
+        let folder = self.workspace.as_ref().map(Workspace::candidate);
+        let adapter = folder.as_deref().zip(self.model.adapter.as_ref());
+        if let Some((dir, adapter)) = adapter {
+            fs::create_dir_all(dir)?;
+            adapter.write(dir, &self.job.config.model)?;
+        }
+        let answer = ask(&Candidate {
+            job: self.job,
+            decoder: &self.model.decoder,
+            adapter: adapter.map(|(dir, _)| dir),
+            events: self.log.events(),
+            scored,
+        });
+        if let Some((dir, _)) = adapter {
+            fs::remove_dir_all(dir)?;
+        }
+        answer.map_err(|reason| TrainError::Examination { step: self.step, reason })
+    }
+
+    /// What the examiner says of the adapter that is about to be published.
+    fn examine(&mut self, scored: &[Scored<'_>]) -> Result<Examination, TrainError> {
+        let Some(examiner) = self.examiner.take() else { return Ok(Examination::default()) };
+        let examination = self.as_candidate(scored, |candidate| examiner.examine(candidate))?;
+        if let Some(max_difference) = examination.max_difference {
+            let num_tokens = examination.num_tokens;
+            self.say(TrainEvent::Parity { step: self.step, max_difference, num_tokens })?;
+        }
+        Ok(examination)
     }
 
     /// Validates on all rows, unless that was done after this step.
@@ -313,7 +390,7 @@ impl<'a> Trainer<'a> {
         let Some(dir) = &config.epoch_dir else { return Ok(()) };
         self.validate_fully()?;
         let path = epochs::folder(dir, self.step);
-        output::publish(&self.finished(None), &path)?;
+        output::publish(&self.finished(), &path)?;
         epochs::prune(dir, self.step, config.keep_epochs)?;
         let epoch = self.step.div_ceil(self.plan.steps_per_epoch());
         self.say(TrainEvent::Epoch { step: self.step, epoch, path })
@@ -368,10 +445,15 @@ impl<'a> Trainer<'a> {
         self.validate_fully()?;
         self.end_epoch()?;
         let config = &self.job.config;
-        let wanted = self.job.valid.iter().chain(&self.job.train).take(config.parity_examples);
-        let parity =
-            (config.parity_examples > 0).then(|| parity(&self.model, wanted)).transpose()?;
-        let digest = output::publish(&self.finished(parity), &config.output)?;
+        let compared = if self.examiner.is_some() { NUM_COMPARED } else { 0 };
+        let wanted = self.job.valid.iter().chain(&self.job.train);
+        let wanted = wanted.take(config.parity_examples.max(compared));
+        let scored = parity::score(&self.model, wanted)?;
+        let examination = self.examine(&scored)?;
+        let given = &scored[..config.parity_examples.min(scored.len())];
+        let parity = (config.parity_examples > 0).then(|| parity::text(given));
+        let finished = output::Finished { parity, examination, ..self.finished() };
+        let digest = output::publish(&finished, &config.output)?;
         let path = config.output.clone();
         self.say(TrainEvent::Published { step: self.step, path: path.clone() })?;
         let summary = self.summary(outcome, path, digest);
@@ -382,7 +464,7 @@ impl<'a> Trainer<'a> {
     }
 
     /// What is to be published now.
-    fn finished(&self, parity: Option<String>) -> output::Finished<'_> {
+    fn finished(&self) -> output::Finished<'_> {
         output::Finished {
             job: self.job,
             model: &self.model,
@@ -391,7 +473,8 @@ impl<'a> Trainer<'a> {
             step: self.step,
             total_steps: self.schedule.total_steps,
             seconds: self.started.elapsed().as_secs_f64(),
-            parity,
+            parity: None,
+            examination: Examination::default(),
         }
     }
 

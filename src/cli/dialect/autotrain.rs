@@ -7,6 +7,7 @@ use super::{
     Rule::{self, Flag, Harmless, Ignored, Number, Read, Refused, Text},
     Theirs, Translation, optimizer, plain, schedule, validation,
 };
+use crate::train::Objective;
 
 pub(super) const DIALECT: Dialect = Dialect {
     name: "AutoTrain",
@@ -151,6 +152,11 @@ fn task(theirs: &Theirs, ours: &mut Translation) -> bool {
             "sft"
         }
     };
+    if serde_json::from_value::<Objective>(json!(objective)).is_err() {
+        ours.refuse(format!(
+            "task: {objective} is not available; llm-dpo learns from the same rows"
+        ));
+    }
     ours.set("objective", objective);
     // Both of AutoTrain's supervised trainers count every token.
     ours.set("loss_on", if objective == "sft" { "all" } else { "assistant" });

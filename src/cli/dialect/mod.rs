@@ -194,18 +194,18 @@ fn schedule(key: &str, name: &str, translation: &mut Translation) {
     translation.set("schedule", ours);
 }
 
-/// When to validate, as transformers says it; `None` = never.
+/// When to validate, as transformers says it; returns whether at all.
 fn validation(
     key: &str,
     strategy: &str,
     steps: Option<f64>,
     translation: &mut Translation,
-) -> Option<()> {
+) -> bool {
     match strategy {
-        "no" | "false" => return None,
+        "no" | "false" => return false,
         "epoch" => translation.eval_each_epoch = true,
         "steps" => translation.set("eval_every", plain(steps.unwrap_or(500.0))),
         _ => translation.refuse(format!("{key}: {strategy} is not known; use no, steps or epoch")),
     }
-    Some(())
+    true
 }

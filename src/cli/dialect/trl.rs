@@ -307,7 +307,7 @@ fn data(theirs: &Theirs, ours: &mut Translation) {
         let strategy = theirs.text("eval_strategy").or_else(|| theirs.text("evaluation_strategy"));
         let strategy = strategy.unwrap_or_else(|| "no".to_owned());
         let steps = theirs.number("eval_steps").or_else(|| theirs.number("logging_steps"));
-        if validation("eval_strategy", &strategy, steps, ours).is_some() {
+        if validation("eval_strategy", &strategy, steps, ours) {
             let split = theirs.text("dataset_test_split").unwrap_or_else(|| "test".to_owned());
             ours.set("valid", json!({"path": path, "split": split}));
         }

@@ -117,6 +117,12 @@ pub(crate) struct TrainArgs {
     /// Rows of such a validation, in rotation; all at the end [all]
     #[arg(long, value_name = "N")]
     pub(crate) valid_batch: Option<usize>,
+    /// Answer N validation rows at each validation: exact match and F1 [0]
+    #[arg(long, value_name = "N")]
+    pub(crate) eval_generate: Option<usize>,
+    /// Rows that the report answers before and after [4]
+    #[arg(long, value_name = "N")]
+    pub(crate) samples: Option<usize>,
     /// Publish the adapter at the end of each epoch as DIR/step-N
     #[arg(long, value_name = "DIR")]
     pub(crate) epoch_dir: Option<PathBuf>,
