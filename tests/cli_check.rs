@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Output},
 };
 
@@ -82,6 +82,33 @@ fn shown_tokens_are_marked_as_trained_or_not() {
         .output()
         .unwrap();
     assert!(stdout(&coloured).contains("\u{1b}[32m<|im_end|>\u{1b}[0m"));
+}
+
+#[test]
+fn a_tool_call_is_shown_as_trained_and_the_tools_answer_is_not() {
+    let files = Files::new("show-tools");
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let template = fs::read_to_string(fixtures.join("chat_templates/templates/qwen2_5.jinja"));
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(fixtures.join("tiny-qwen2").join(name), files.0.join(name)).unwrap();
+    }
+    let config = files.0.join("tokenizer_config.json");
+    let mut tokenizer: Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
+    tokenizer["chat_template"] = template.unwrap().into();
+    fs::write(&config, tokenizer.to_string()).unwrap();
+    let call = json!({"id": "c", "type": "function",
+        "function": {"name": "get", "arguments": "{\"x\": 1}"}});
+    let row = json!({"tools": [{"type": "function", "function": {"name": "get"}}], "messages": [
+        {"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "7"}, {"role": "assistant", "content": "a"}]});
+    let data = files.write("rows.jsonl", &[row.to_string()]);
+    let model = files.0.display().to_string();
+    let shown = stdout(&check(&[&data, "--model", &model, "--show", "1"]));
+    for expected in
+        ["[\"][g][e][t][\"]", "(<)(/)(t)(o)(o)(l)(_)(re)(s)(p)(on)(se)(>)", "(7)(\\n)", "[a]"]
+    {
+        assert!(shown.contains(expected), "{expected} is missing in\n{shown}");
+    }
 }
 
 #[test]

@@ -28,7 +28,7 @@ fn all_forms_of_a_preference_mean_the_same() {
     assert!(bodies.iter().all(|body| *body == bodies[0]), "{bodies:#?}");
 
     let model = Model::load(Path::new(BUNDLED));
-    let example = model.encode_one(&Row { line: 1, body: bodies[0].clone() });
+    let example = model.encode_one(&Row { line: 1, body: bodies[0].clone(), is_completion: false });
     let rejected = example.rejected.as_deref().unwrap();
     assert_eq!(model.trained(&example), ["Paris<|im_end|>"]);
     assert_eq!(model.trained(rejected), ["Lyon<|im_end|>"]);

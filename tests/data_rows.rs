@@ -16,7 +16,19 @@ const BAD_LINES: &[(&str, &[&str])] = &[
     (r#"{"messages":[]} trailing"#, &["invalid_json"]),
     ("[1]", &["data_type"]),
     ("7", &["data_type"]),
-    (r#"{"text":"hello"}"#, &["missing_messages_list"]),
+    (r#"{"words":"hello"}"#, &["missing_messages_list"]),
+    (r#"{"text":""}"#, &["missing_content"]),
+    (r#"{"text":["a"]}"#, &["wrong_type"]),
+    (r#"{"conversations":"a"}"#, &["missing_messages_list"]),
+    (r#"{"conversations":[{"from":"nobody","value":"a"}]}"#, &["unrecognized_role"]),
+    (
+        r#"{"conversations":[{"from":"human","value":"a"},{"from":"function_call","value":"f()"}]}"#,
+        &["invalid_tool_call"],
+    ),
+    (r#"{"conversations":[{"from":"human","value":"a"}]}"#, &["example_missing_assistant_message"]),
+    (r#"{"instruction":"a"}"#, &["missing_completion"]),
+    (r#"{"instruction":"a","output":3}"#, &["wrong_type"]),
+    (r#"{"instruction":"a","output":"b","history":["c"]}"#, &["wrong_type"]),
     (r#"{"messages":[]}"#, &["missing_messages_list"]),
     (r#"{"messages":{"role":"user"}}"#, &["missing_messages_list"]),
     (r#"{"messages":[{"role":"user","content":"a"}]}"#, &["example_missing_assistant_message"]),
@@ -203,10 +215,13 @@ fn a_long_line_is_read_and_an_endless_one_refused() {
 }
 
 #[test]
-fn a_json_array_is_one_problem_not_one_per_line() {
-    let (_, errors) = parse_rows(b"[\n  {\"prompt\": \"a\"},\n  {\"prompt\": \"b\"}\n]\n");
-    assert_eq!(errors.len(), 1);
-    assert!(errors[0].message.contains("JSON array"), "{}", errors[0]);
+fn a_json_array_has_rows_and_problems_by_their_number() {
+    let (rows, errors) = parse_rows(
+        b"[\n  {\"prompt\": \"a\", \"completion\": \"b\"},\n  {\"prompt\": \"b\"},\n 7\n]\n",
+    );
+    assert_eq!((rows.len(), rows[0].line), (1, 1));
+    let found: Vec<_> = errors.iter().map(|error| (error.line, error.code)).collect();
+    assert_eq!(found, [(2, "missing_completion"), (3, "data_type")]);
 }
 
 #[test]

@@ -310,7 +310,7 @@ fn a_run_that_outgrows_its_memory_fails_in_itself() {
     chats(&dir.join("valid.jsonl"), 2);
     // A backtrace must not get in the way of the end.
     for limit in ["1MiB", "4MiB", "8MiB"] {
-        let mut command = train(&dir, &["--memory-limit", limit]);
+        let mut command = train(&dir, &["--memory-limit", limit, "--threads", "1"]);
         let output = command.env("RUST_BACKTRACE", "1").output().unwrap();
         let error = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success(), "{limit}");

@@ -1,7 +1,6 @@
 //! `tunesmith check`: everything that can be known about a data file before a run.
 
 mod json;
-mod memory;
 mod report;
 mod tokens;
 
@@ -14,14 +13,17 @@ use std::{
 use anyhow::Context;
 use clap::Args;
 
-use super::common::resolve_model;
+pub(super) use self::report::named;
+use super::{common::resolve_model, memory::Memory, train::args::columns};
 use crate::data::{
-    Encoder, Example, LossOn, Row, RowError, RowStats, RunEstimate, default_epochs, duplicates,
-    kind_name, read_valid_rows, shared_prompts, wrong_kinds,
+    Columns, Encoder, Example, LossOn, Reading, Row, RowError, RowStats, RunEstimate, Source,
+    default_epochs, duplicates, kind_name, read_valid_rows, shared_prompts, source_files,
+    wrong_kinds,
 };
 use crate::model::ModelConfig;
-use crate::publish::sha256_file;
+use crate::publish::{sha256_file, sha256_hex};
 use crate::text::{ChatTemplate, Tokenizer};
+use crate::train::TrainConfig;
 
 /// Code of a file without rows.
 const EMPTY_FILE: &str = "empty_file";
@@ -29,8 +31,9 @@ const EMPTY_FILE: &str = "empty_file";
 /// Check a data file: every format error, token counts, truncation, and what a run over it amounts to
 #[derive(Args, Debug)]
 pub(super) struct CheckArgs {
-    /// JSON lines: chat rows ({"messages": [...]}), {"prompt": ..., "completion": ...} or preferences
-    /// ({"input": ..., "preferred_output": ..., "non_preferred_output": ...})
+    /// A file of rows (JSON lines or array, CSV, Parquet, gzip), a folder or a pattern: chat rows
+    /// ({"messages": [...]}), {"prompt": ..., "completion": ...}, preferences ({"input": ...,
+    /// "preferred_output": ..., "non_preferred_output": ...}), conversations, instructions or texts
     pub(super) data: PathBuf,
     /// Base model whose tokenizer and template count: a folder in Hub layout, or owner/name[@revision]
     /// on the Hub. Without it only the format is checked
@@ -39,6 +42,12 @@ pub(super) struct CheckArgs {
     /// Held-out rows: checked as well, and compared with DATA
     #[arg(long)]
     pub(super) valid: Option<PathBuf>,
+    /// Columns of the rows under other names: question=prompt,answer=completion
+    #[arg(long, value_name = "THEIRS=OURS", value_parser = columns)]
+    pub(super) columns: Option<Columns>,
+    /// Column that holds the whole row, a text or a list of messages
+    #[arg(long, value_name = "NAME")]
+    pub(super) text_column: Option<String>,
     /// What the rows are for: those that it cannot use are errors
     #[arg(long, value_enum)]
     pub(super) method: Option<Method>,
@@ -48,7 +57,7 @@ pub(super) struct CheckArgs {
     /// Longest row in tokens; longer ones lose their end
     #[arg(long, default_value_t = 1024, value_parser = at_least_one)]
     pub(super) max_length: usize,
-    /// Tokens that the loss counts: `assistant` or `all`
+    /// Tokens that the loss counts: `assistant`, `all`, or `auto` (completions, else all)
     #[arg(long, default_value = "assistant")]
     pub(super) loss_on: LossOn,
     /// Passes over the data
@@ -109,7 +118,10 @@ fn print_report(
         // A folder with tokenizer and template alone is enough for the rest.
         match ModelConfig::from_dir(&parts.dir) {
             Ok(config) => {
-                let memory = memory::Memory::estimate(&parts.dir, &config, &train.examples)?;
+                // As a run with the settings of this command and the defaults.
+                let settings =
+                    TrainConfig { batch_size: args.batch_size, ..TrainConfig::default() };
+                let memory = Memory::estimate(&parts.dir, &config, &settings, &train.examples)?;
                 print!("{}", report::memory(&memory));
             }
             Err(error) => println!("memory: unknown, {error}"),
@@ -160,7 +172,24 @@ struct DataFile {
 
 impl DataFile {
     fn read(path: &Path, args: &CheckArgs, parts: Option<&TextParts>) -> anyhow::Result<Self> {
-        let (mut rows, mut errors) = read_valid_rows(path)?;
+        let reading =
+            Reading { columns: args.columns.as_ref(), text_column: args.text_column.as_deref() };
+        let files = source_files(&Source::new(path))?;
+        let (mut rows, mut errors) = (Vec::new(), Vec::new());
+        for file in &files {
+            let (of_file, mut found) = read_valid_rows(file, reading)?;
+            if files.len() > 1 {
+                let name = file.file_name().unwrap_or_default().to_string_lossy();
+                for error in &mut found {
+                    error.message = format!("{name}: {}", error.message);
+                }
+            }
+            // Lines of several files are counted on, so that each is one row.
+            let lines_before = rows.last().map_or(0, |row: &Row| row.line);
+            let offset = if files.len() > 1 { lines_before } else { 0 };
+            rows.extend(of_file.into_iter().map(|row| Row { line: row.line + offset, ..row }));
+            errors.extend(found);
+        }
         if rows.is_empty() && errors.is_empty() {
             let message = "the file has no rows".to_owned();
             errors.push(RowError { line: 1, code: EMPTY_FILE, message });
@@ -169,7 +198,14 @@ impl DataFile {
         if let Some(method) = args.method {
             drop_rows(&mut rows, &mut errors, |rows| wrong_kinds(rows, method == Method::Dpo));
         }
-        let sha256 = sha256_file(path).with_context(|| format!("reading {}", path.display()))?;
+        let mut hashes = Vec::new();
+        for file in &files {
+            hashes.push(sha256_file(file).with_context(|| format!("reading {}", file.display()))?);
+        }
+        let sha256 = match hashes.as_slice() {
+            [only] => only.clone(),
+            several => sha256_hex(&[several.concat().as_bytes()]),
+        };
         let mut examples = Vec::new();
         if let Some(TextParts { tokenizer, template, max_length, .. }) = parts {
             // As in a run: a model has no more positions than it has.

@@ -19,11 +19,11 @@ use super::{
     eval::{self, EvalArgs},
     progress::Progress,
     serve::{self, ServeArgs},
-    train::{prepare, show_problems},
+    train::{Prepared, prepare, show_problems},
 };
 use crate::data::{Row, RowBody, read_rows};
 use crate::eval::{EvalReport, Requirement, table};
-use crate::train::{TrainConfig, run as train};
+use crate::train::{TrainConfig, run_examined as train};
 
 /// What clients call the adapter.
 const ADAPTER_NAME: &str = "recipe-assistant";
@@ -121,6 +121,8 @@ fn check(places: &Places, recipe: &TrainConfig) -> anyhow::Result<Vec<Value>> {
         epochs: recipe.epochs,
         batch_size: recipe.batch_size,
         show: 0,
+        columns: None,
+        text_column: None,
         json: false,
         method: None,
     };
@@ -148,8 +150,8 @@ fn check(places: &Places, recipe: &TrainConfig) -> anyhow::Result<Vec<Value>> {
 fn train_adapter(places: &Places, threads: Option<usize>) -> anyhow::Result<()> {
     let config = TrainConfig {
         model: show(&places.base),
-        data: places.train.clone(),
-        valid: Some(places.valid.clone()),
+        data: places.train.clone().into(),
+        valid: Some(places.valid.clone().into()),
         output: places.adapter.clone(),
         overwrite: true,
         threads,
@@ -164,9 +166,10 @@ fn train_adapter(places: &Places, threads: Option<usize>) -> anyhow::Result<()> 
         show(&places.adapter)
     );
     config.validate()?;
-    let job = prepare(config, &|line| println!("{line}"))?;
+    let Prepared { job, mut examiner } = prepare(config, &|line| println!("{line}"))?;
     let mut progress = Progress::new();
-    let result = train(&job, &mut |event| progress.show(event), &AtomicBool::new(false));
+    let stop = AtomicBool::new(false);
+    let result = train(&job, &mut |event| progress.show(event), Some(&mut examiner), &stop);
     progress.finish();
     let summary = result?;
     println!("published {} after {} steps", summary.path.display(), summary.step);

@@ -7,6 +7,7 @@ use std::{
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::train::forecast::Forecast;
 use crate::train::TrainEvent;
 
 /// Plain lines come at most this often.
@@ -22,6 +23,7 @@ pub(super) struct Progress {
     /// Running means of a step's tokens and seconds.
     speed: Option<(f64, f64)>,
     last_line: Option<Instant>,
+    forecast: Forecast,
 }
 
 impl Progress {
@@ -32,11 +34,14 @@ impl Progress {
             let style = ProgressStyle::with_template(template);
             ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         });
-        Self { bar, total_steps: 0, speed: None, last_line: None }
+        Self { bar, total_steps: 0, speed: None, last_line: None, forecast: Forecast::default() }
     }
 
     /// Shows one event.
     pub(super) fn show(&mut self, event: &TrainEvent) {
+        if let Some(line) = self.forecast.hear(event) {
+            self.say(&line);
+        }
         match event {
             TrainEvent::Started { step, total_steps, num_trained_parameters, .. } => {
                 self.total_steps = *total_steps;
@@ -57,6 +62,14 @@ impl Progress {
                     token_accuracy * 100.0
                 ));
             }
+            TrainEvent::Generated { step, num_rows, exact_match, f1, .. } => self.say(&format!(
+                "step {step}: {num_rows} answers, exact match {:.1} %, F1 {f1:.3}",
+                exact_match * 100.0
+            )),
+            TrainEvent::Parity { max_difference, num_tokens, .. } => self.say(&format!(
+                "serving says what training says: log-probabilities of {num_tokens} tokens differ by at \
+                 most {max_difference:.1e}"
+            )),
             TrainEvent::Warning { message } => self.say(&format!("warning: {message}")),
             TrainEvent::Epoch { epoch, path, .. } => {
                 self.say(&format!("epoch {epoch}: published {}", path.display()));

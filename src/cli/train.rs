@@ -1,10 +1,13 @@
 //! `tunesmith train`: rows in, an adapter (or a model) folder out.
 
-mod args;
+pub(super) mod args;
+mod data;
+mod examiner;
+pub(super) mod forecast;
+mod report_page;
 
 use std::{
     io::Write,
-    path::Path,
     process::ExitCode,
     sync::{
         Arc,
@@ -15,6 +18,11 @@ use std::{
 use anyhow::Context;
 
 pub(super) use self::args::TrainArgs;
+use self::{
+    data::{DataReader, file_layer, say_overlap},
+    examiner::EngineExaminer,
+    forecast::{dry_run, fit_memory},
+};
 use super::{
     common::resolve_model,
     limits,
@@ -22,12 +30,11 @@ use super::{
     settings::layered,
     stop_signal::{stop_at_end_of_input, stop_on_signals},
 };
-use crate::data::{DataError, Encoder, Example, read_rows, wrong_kinds};
+use crate::data::{DataError, Encoder, questions};
 use crate::model::ModelConfig;
-use crate::publish::sha256_file;
 use crate::text::{ChatTemplate, Tokenizer};
 use crate::train::{
-    DataSource, Objective, Outcome, TrainConfig, TrainEvent, TrainJob, TrainSummary, run as train,
+    Outcome, TrainConfig, TrainEvent, TrainJob, TrainSummary, run_examined as train,
 };
 
 /// Problems of a data file that are shown before the rest is only counted.
@@ -40,7 +47,9 @@ const MAX_SHOWN_PROBLEMS: usize = 50;
 pub(super) fn run(args: &TrainArgs) -> anyhow::Result<ExitCode> {
     // First of all: threads and memory that exist already are not held.
     limits::apply(args.nice, args.memory_limit)?;
-    let config: TrainConfig = layered(args.config.as_deref(), args)?;
+    // Only events go to the standard output where they are asked for.
+    let say = |line: &str| if args.events { eprintln!("{line}") } else { println!("{line}") };
+    let (config, eval_each_epoch) = read_settings(args, &say)?;
     config.validate()?;
     if let Some(threads) = config.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
@@ -50,18 +59,35 @@ pub(super) fn run(args: &TrainArgs) -> anyhow::Result<ExitCode> {
     if args.leash {
         stop_at_end_of_input(&stop)?;
     }
-    if args.events {
-        let job = prepare(config, &|line| eprintln!("{line}"))?;
-        train(&job, &mut |event| print_event(event, &stop), &stop)?;
+    let Prepared { mut job, mut examiner } = prepare(config, &say)?;
+    if eval_each_epoch {
+        job.config.eval_every = job.train.len().div_ceil(job.config.batch_size);
+    }
+    if let Some(budget) = args.memory {
+        fit_memory(&mut job, budget, &say)?;
+    }
+    if args.dry_run {
+        dry_run(&job, &stop)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let job = prepare(config, &|line| println!("{line}"))?;
+    if args.events {
+        let mut observer = |event: &TrainEvent| print_event(event, &stop);
+        train(&job, &mut observer, Some(&mut examiner), &stop)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     println!("{}", serde_json::to_string(&job.config)?);
     let mut progress = Progress::new();
-    let result = train(&job, &mut |event| progress.show(event), &stop);
+    let result = train(&job, &mut |event| progress.show(event), Some(&mut examiner), &stop);
     progress.finish();
     print_summary(&result?);
     Ok(ExitCode::SUCCESS)
+}
+
+/// The settings of all layers, and whether to validate at the end of each epoch.
+fn read_settings(args: &TrainArgs, say: &dyn Fn(&str)) -> anyhow::Result<(TrainConfig, bool)> {
+    let Some(path) = args.config.as_deref() else { return Ok((layered(None, args)?, false)) };
+    let (layer, eval_each_epoch) = file_layer(path, args.objective.as_deref(), say)?;
+    Ok((layered(Some((path, layer)), args)?, eval_each_epoch))
 }
 
 /// One event as a line of JSON. When nobody reads them any more, the run is to stop.
@@ -76,8 +102,14 @@ fn print_event(event: &TrainEvent, stop: &AtomicBool) {
     }
 }
 
+/// A run that can start, and who looks at what it makes.
+pub(super) struct Prepared {
+    pub(super) job: TrainJob,
+    pub(super) examiner: EngineExaminer,
+}
+
 /// Reads the data and turns it into examples; `say` gets a line or two about each file.
-pub(super) fn prepare(config: TrainConfig, say: &dyn Fn(&str)) -> anyhow::Result<TrainJob> {
+pub(super) fn prepare(config: TrainConfig, say: &dyn Fn(&str)) -> anyhow::Result<Prepared> {
     let model_dir = resolve_model(&config.model)?;
     let context = || format!("loading {}", model_dir.display());
     let tokenizer = Tokenizer::from_dir(&model_dir).with_context(context)?;
@@ -90,24 +122,19 @@ pub(super) fn prepare(config: TrainConfig, say: &dyn Fn(&str)) -> anyhow::Result
         loss_on: config.loss_on.into(),
         max_length: config.max_length.min(positions),
     };
-    let mut sources = Vec::new();
-    let mut read = |role, path: &Path| -> anyhow::Result<Vec<Example>> {
-        let rows = read_rows(path).map_err(show_problems)?;
-        let errors = wrong_kinds(&rows, config.objective == Objective::Dpo);
-        if !errors.is_empty() {
-            let path = path.display().to_string();
-            return Err(show_problems(DataError::Rows { path, errors }));
-        }
-        let examples = encoder.encode_all(path, &rows).map_err(show_problems)?;
-        let sha256 = sha256_file(path).with_context(|| path.display().to_string())?;
-        let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        sources.push(DataSource { role, file, sha256, num_rows: rows.len() });
-        describe(path, &examples, encoder.max_length, say);
-        Ok(examples)
-    };
-    let train = read("train", &config.data)?;
-    let valid = config.valid.as_deref().map(|path| read("valid", path)).transpose()?;
-    Ok(TrainJob { config, model_dir, train, valid: valid.unwrap_or_default(), sources })
+    let reader = DataReader { config: &config, encoder, say };
+    let train = reader.read("train", &config.data)?;
+    let valid = config.valid.as_ref().map(|valid| reader.read("valid", valid)).transpose()?;
+    let valid = valid.unwrap_or_default();
+    say_overlap(&train.rows, &valid.rows, say);
+    let sources = [train.files, valid.files].concat();
+    let held_out = questions(&valid.rows);
+    let (questions, held_out) =
+        if held_out.is_empty() { (questions(&train.rows), false) } else { (held_out, true) };
+    let (train, valid) = (train.examples, valid.examples);
+    let job = TrainJob { config, model_dir, train, valid, sources };
+    let (tokenizer, template) = (Arc::new(tokenizer), Arc::new(template));
+    Ok(Prepared { job, examiner: EngineExaminer { tokenizer, template, questions, held_out } })
 }
 
 /// Prints every problem with its line; the error that is left says how many there were.
@@ -121,17 +148,6 @@ pub(super) fn show_problems(error: DataError) -> anyhow::Error {
         }
     }
     error.into()
-}
-
-fn describe(path: &Path, examples: &[Example], max_length: usize, say: &dyn Fn(&str)) {
-    let num_tokens: usize = examples.iter().map(Example::num_tokens).sum();
-    let num_trained: usize = examples.iter().map(Example::num_trained).sum();
-    let (name, rows) = (path.display(), examples.len());
-    say(&format!("{name}: {rows} rows, {num_tokens} tokens, {num_trained} of them trained"));
-    let num_cut = examples.iter().filter(|example| example.num_lost() > 0).count();
-    if num_cut > 0 {
-        say(&format!("{name}: {num_cut} rows are cut off at {max_length} tokens (max_length)"));
-    }
 }
 
 fn print_summary(summary: &TrainSummary) {

@@ -80,7 +80,13 @@ impl Encoder<'_> {
     }
 
     fn encode_row(&self, row: &Row, cuts_freely: bool) -> Result<Vec<Example>, Problem> {
-        self.encode_body(&row.body, row.line, cuts_freely)
+        let loss_on = match self.loss_on {
+            LossOn::Auto if row.is_completion => LossOn::Assistant,
+            LossOn::Auto => LossOn::All,
+            other => other,
+        };
+        let encoder = Encoder { loss_on, ..*self };
+        encoder.encode_body(&row.body, row.line, cuts_freely)
     }
 
     fn encode_body(
@@ -180,7 +186,7 @@ impl Encoder<'_> {
         let trained = match self.loss_on {
             LossOn::Assistant => trained,
             // No borders are needed where everything is trained.
-            LossOn::All => &untrained,
+            LossOn::All | LossOn::Auto => &untrained,
         };
         let lists = segments(self.template, messages, trained, tools).map_err(|error| match error {
             TurnError::Template { num_messages, source } => {

@@ -1,17 +1,23 @@
 //! FLOOR 2'. Training and evaluation rows.
 //!
-//! Reads a data file and reports every problem of every line at once (`read`, `format`), turns rows
+//! Finds data files (`source`, `files`), reads them (`container`, `columns`) and reports every problem of
+//! every line at once (`read`, `format`), turns rows
 //! into tokens with a loss mask (`encode`, `turns`), asks them as questions (`question`), describes
 //! them (`stats`) and puts them in order (`split`).
 //!
 //! It knows rows, chat templates and loss masks. It must never know tensors, models or requests.
 
+mod columns;
+mod container;
 mod encode;
+mod files;
 mod format;
 mod kind;
 pub mod kitchen;
+mod literal;
 mod question;
 mod read;
+mod source;
 mod split;
 mod stats;
 mod turns;
@@ -21,15 +27,18 @@ use std::{io, str::FromStr};
 use serde_json::Value;
 
 pub use self::{
+    columns::Reading,
     encode::{
         Encoder, NO_TRAINED_TOKENS, TEMPLATE_FAILED, TEMPLATE_NOT_PREFIX, TOKENIZER_FAILED,
         TOOL_CALLS_DROPPED,
     },
+    files::source_files,
     format::{FORMATS, Format, Problems},
     kind::{RowKind, WRONG_ROW_KIND, kind_name, wrong_kinds},
     question::{Question, choose_examples, few_shot, questions},
     read::{MAX_LINE_BYTES, parse_rows, read_rows, read_valid_rows},
-    split::{epoch_order, hold_out},
+    source::{Columns, Source, Sources},
+    split::{epoch_order, hold_out, repeated},
     stats::{
         Distribution, RowStats, RunEstimate, SharedPrompt, default_epochs, duplicates,
         shared_prompts,
@@ -82,6 +91,8 @@ pub struct Row {
     pub line: usize,
     /// What the row says.
     pub body: RowBody,
+    /// Whether it has a part that is named as the completion, so that the rest is none.
+    pub is_completion: bool,
 }
 
 /// The three kinds of rows that every format comes down to.
@@ -120,6 +131,8 @@ pub enum LossOn {
     Assistant,
     /// Every token but the first, which nothing predicts.
     All,
+    /// The completion where a row names one, else every token.
+    Auto,
 }
 
 impl FromStr for LossOn {
@@ -129,7 +142,8 @@ impl FromStr for LossOn {
         match name {
             "assistant" => Ok(Self::Assistant),
             "all" => Ok(Self::All),
-            _ => Err(format!("unknown loss tokens {name:?}: `assistant` or `all`")),
+            "auto" => Ok(Self::Auto),
+            _ => Err(format!("unknown loss tokens {name:?}: `assistant`, `all` or `auto`")),
         }
     }
 }

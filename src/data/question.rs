@@ -22,7 +22,7 @@ pub struct Question {
 }
 
 impl Question {
-    /// The row's question; `None` for a conversation without an assistant message. The expected
+    /// The row's question; `None` for a conversation without an assistant message and for a text. The expected
     /// answer of a preference is the preferred one.
     #[must_use]
     pub fn new(row: &Row) -> Option<Self> {
@@ -32,6 +32,8 @@ impl Question {
     fn of_body(body: &RowBody, line: usize) -> Option<Self> {
         match body {
             RowBody::Preference { chosen, .. } => Self::of_body(chosen, line),
+            // A text asks nothing.
+            RowBody::PromptCompletion { prompt, .. } if prompt.is_empty() => None,
             RowBody::PromptCompletion { prompt, completion } => Some(Self {
                 messages: Vec::new(),
                 tools: None,

@@ -1,21 +1,21 @@
-//! A data file, line by line: bytes to rows, with every problem of every line.
+//! A data file, record by record: bytes to rows, with every problem of every one.
 
 use std::{fs, path::Path};
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use super::{DataError, FORMATS, Problems, Row, RowBody, RowError};
+use super::{DataError, FORMATS, Problems, Reading, Row, RowBody, RowError, container::records};
 
 /// A longer line is an error: no row of text is this long, a file without line ends is.
 pub const MAX_LINE_BYTES: usize = 4 << 20;
 
-/// Reads a whole file of JSON lines in any of the [`FORMATS`]; every problem of every line is
+/// Reads a whole file in any of the containers and [`FORMATS`]; every problem of every row is
 /// reported at once. A byte order mark, `\r\n` and blank lines are accepted.
 ///
 /// # Errors
-/// The file cannot be read, has no rows, or has lines that are no valid rows.
+/// The file cannot be read, has no rows, or has rows that are not valid.
 pub fn read_rows(path: &Path) -> Result<Vec<Row>, DataError> {
-    let (rows, errors) = read_valid_rows(path)?;
+    let (rows, errors) = read_valid_rows(path, Reading::default())?;
     let path = path.display().to_string();
     match (rows.is_empty(), errors.is_empty()) {
         (_, false) => Err(DataError::Rows { path, errors }),
@@ -28,73 +28,57 @@ pub fn read_rows(path: &Path) -> Result<Vec<Row>, DataError> {
 ///
 /// # Errors
 /// The file cannot be read.
-pub fn read_valid_rows(path: &Path) -> Result<(Vec<Row>, Vec<RowError>), DataError> {
+pub fn read_valid_rows(
+    path: &Path,
+    reading: Reading<'_>,
+) -> Result<(Vec<Row>, Vec<RowError>), DataError> {
     match fs::read(path) {
-        Ok(bytes) => Ok(parse_rows(&bytes)),
+        Ok(bytes) => Ok(parse(&bytes, Some(path), reading)),
         Err(source) => Err(DataError::Io { path: path.display().to_string(), source }),
     }
 }
 
-/// [`read_valid_rows`] of bytes that are already here.
+/// [`read_valid_rows`] of bytes that are already here and have no name.
 #[must_use]
 pub fn parse_rows(bytes: &[u8]) -> (Vec<Row>, Vec<RowError>) {
-    const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
-    let bytes = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(bytes);
-    if is_json_array(bytes) {
-        let message = "the whole file is one JSON array; write one row per line (jq -c '.[]')";
-        let error = RowError { line: 1, code: "data_type", message: message.to_owned() };
-        return (Vec::new(), vec![error]);
-    }
+    parse(bytes, None, Reading::default())
+}
+
+fn parse(bytes: &[u8], name: Option<&Path>, reading: Reading<'_>) -> (Vec<Row>, Vec<RowError>) {
     let mut rows = Vec::new();
     let mut errors = Vec::new();
-    for (index, bytes) in bytes.split(|byte| *byte == b'\n').enumerate() {
-        let line = index + 1;
-        if bytes.iter().all(u8::is_ascii_whitespace) {
-            continue;
-        }
+    for (line, record) in records(bytes, name) {
+        let record = match record {
+            Ok(record) => record,
+            Err(found) => {
+                errors.extend(found);
+                continue;
+            }
+        };
         let mut problems = Problems::default();
-        if let Some(body) = parse_line(bytes, &mut problems) {
-            rows.push(Row { line, body });
+        let row = reading.apply(record, &mut problems);
+        if let Some((body, is_completion)) = row.and_then(|row| parse_row(row, &mut problems)) {
+            rows.push(Row { line, body, is_completion });
         }
         errors.extend(problems.into_errors(line));
     }
     (rows, errors)
 }
 
-/// One line's row; `None` only together with a problem.
-fn parse_line(bytes: &[u8], problems: &mut Problems) -> Option<RowBody> {
-    if bytes.len() > MAX_LINE_BYTES {
-        let message = format!("the line has {} bytes; at most {MAX_LINE_BYTES} fit", bytes.len());
-        problems.add("line_too_long", message);
-        return None;
-    }
-    let text = match std::str::from_utf8(bytes) {
-        Ok(text) => text,
-        Err(error) => {
-            let message = format!("not UTF-8 from byte {} of the line", error.valid_up_to() + 1);
-            problems.add("invalid_utf8", message);
-            return None;
-        }
-    };
-    let row = match serde_json::from_str(text) {
-        Ok(Value::Object(row)) => row,
-        Ok(other) => {
-            let message = format!("a row is a JSON object, this is {}", kind(&other));
-            problems.add("data_type", message);
-            return None;
-        }
-        Err(error) => {
-            problems.add("invalid_json", json_message(&error));
-            return None;
-        }
-    };
+/// A row's meaning, and whether it says itself what its completion is; `None` only together with a
+/// problem.
+fn parse_row(row: Map<String, Value>, problems: &mut Problems) -> Option<(RowBody, bool)> {
     let Some(format) = FORMATS.iter().find(|format| (format.detect)(&row)) else {
         let keys: Vec<&str> = row.keys().map(String::as_str).take(8).collect();
-        let message = format!("no `messages`, no `prompt` and no `input`; the keys are {keys:?}");
+        let message = format!(
+            "no `messages`, `prompt`, `input`, `conversations`, `instruction` or `text`; the keys are \
+             {keys:?}"
+        );
         problems.add("missing_messages_list", message);
         return None;
     };
-    (format.parse)(row, problems)
+    let is_completion = row.contains_key("completion");
+    Some(((format.parse)(row, problems)?, is_completion))
 }
 
 /// What a JSON value is, with its article, for messages.
@@ -107,18 +91,4 @@ pub(super) fn kind(value: &Value) -> &'static str {
         Value::Array(_) => "a list",
         Value::Object(_) => "an object",
     }
-}
-
-/// `serde_json` counts lines within the row; only the column helps.
-fn json_message(error: &serde_json::Error) -> String {
-    let text = error.to_string();
-    let cause = text.split(" at line ").next().unwrap_or(&text);
-    format!("not JSON at column {}: {cause}", error.column())
-}
-
-fn is_json_array(bytes: &[u8]) -> bool {
-    let text = bytes.trim_ascii();
-    text.starts_with(b"[")
-        && text.ends_with(b"]")
-        && serde_json::from_slice::<Vec<Value>>(text).is_ok()
 }

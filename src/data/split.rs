@@ -30,6 +30,25 @@ pub fn hold_out(n: usize, num_held_out: usize, seed: u64) -> (Vec<usize>, Vec<us
     (kept, held_out)
 }
 
+/// Which of `n` rows a source of this weight contributes, ascending: every row as often as the weight
+/// has whole parts, and the share that is left over chosen by the seed. `source` (from 0) tells the
+/// sources of one mixture apart.
+#[must_use]
+pub fn repeated(n: usize, weight: f64, seed: u64, source: usize) -> Vec<usize> {
+    let num_rows = (weight * n as f64).round() as usize;
+    let (whole, rest) = (num_rows / n.max(1), num_rows % n.max(1));
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    // A stream that neither an epoch nor the held-out part uses.
+    rng.set_stream(u64::MAX - 1 - source as u64);
+    let mut chosen = shuffled(n, &mut rng);
+    chosen.truncate(rest);
+    for _ in 0..whole {
+        chosen.extend(0..n);
+    }
+    chosen.sort_unstable();
+    chosen
+}
+
 fn shuffled(n: usize, rng: &mut impl RngCore) -> Vec<usize> {
     let mut order: Vec<usize> = (0..n).collect();
     order.shuffle(rng);
@@ -59,6 +78,18 @@ mod tests {
             all.sort_unstable();
             prop_assert_eq!(all, (0..n).collect::<Vec<_>>());
         }
+    }
+
+    #[test]
+    fn a_weight_repeats_rows_and_a_part_of_one_chooses_them_by_the_seed() {
+        assert_eq!(repeated(3, 1.0, 7, 0), [0, 1, 2]);
+        assert_eq!(repeated(3, 2.0, 7, 0), [0, 0, 1, 1, 2, 2]);
+        let half = repeated(100, 0.5, 7, 0);
+        assert_eq!((half.len(), half.clone()), (50, repeated(100, 0.5, 7, 0)));
+        assert_ne!(half, repeated(100, 0.5, 8, 0));
+        assert_ne!(half, repeated(100, 0.5, 7, 1));
+        assert_eq!(repeated(4, 1.5, 7, 0).len(), 6);
+        assert!(repeated(0, 2.0, 7, 0).is_empty());
     }
 
     #[test]

@@ -12,7 +12,8 @@ use super::{
 
 /// Rows shown side by side; the JSON report has all of them.
 const MAX_EXAMPLES: usize = 60;
-const STYLE: &str = include_str!("report.css");
+/// How a page looks.
+pub const STYLE: &str = include_str!("report.css");
 
 /// Width of a chart's bar area and height of one bar's line, in SVG units.
 const BAR_AREA: f64 = 360.0;

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::{FileRecord, Gate, Job, JobsError, Service};
 use crate::adapters::AdapterVersion;
-use crate::data::{Question, epoch_order, questions, read_valid_rows};
+use crate::data::{Question, Reading, epoch_order, questions, read_valid_rows};
 use crate::engine::EngineError;
 use crate::eval::{
     Arm, EvalError, EvalReport, Runner, graders::GRADERS, report::Metadata, table::p_text,
@@ -55,8 +55,8 @@ pub fn evaluate(
 /// The questions of the validation file.
 fn validation_questions(service: &Service, job: &Job) -> Result<Vec<Question>, JobsError> {
     let Some(path) = validation_path(service, job)? else { return Ok(Vec::new()) };
-    let (rows, _) =
-        read_valid_rows(&path).map_err(|error| JobsError::Evaluation(error.to_string()))?;
+    let (rows, _) = read_valid_rows(&path, Reading::default())
+        .map_err(|error| JobsError::Evaluation(error.to_string()))?;
     let mut asked = questions(&rows);
     // A row of plain text has no question before it.
     asked.retain(|question| question.raw_prompt.as_deref() != Some(""));

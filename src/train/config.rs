@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use super::TrainError;
 use crate::adapters::LoraConfig;
-use crate::data::LossOn;
+use crate::data::{Columns, LossOn, Sources};
 use crate::model::{Projection, Quantization};
 
 /// Everything a run can be told. The keys of a YAML file and the flags have these names.
@@ -17,9 +17,13 @@ pub struct TrainConfig {
     /// The base: a model folder (or a name that the command line resolves to one).
     pub model: String,
     /// Training rows.
-    pub data: PathBuf,
+    pub data: Sources,
     /// Held-out rows for the validation loss.
-    pub valid: Option<PathBuf>,
+    pub valid: Option<Sources>,
+    /// What their columns are called, where a source does not say it: our name -> theirs.
+    pub columns: Columns,
+    /// The column that holds the whole row, a text or a list of messages.
+    pub text_column: Option<String>,
     /// The folder to publish.
     pub output: PathBuf,
     /// What is trained.
@@ -76,10 +80,18 @@ pub struct TrainConfig {
     pub eval_every: usize,
     /// Rows of a validation between epochs, in rotation; none = all.
     pub valid_batch: Option<usize>,
+    /// Generate answers to so many validation rows at each validation.
+    pub eval_generate: usize,
+    /// Answers before and after training that the report shows.
+    pub samples: usize,
     /// Publish the adapter at the end of each epoch as `step-N` in this folder.
     pub epoch_dir: Option<PathBuf>,
     /// Adapters that are kept there: the newest.
     pub keep_epochs: usize,
+    /// Warn when the loss was above three times its median for so many steps; 0 = never.
+    pub spike_steps: usize,
+    /// End the run there instead.
+    pub stop_on_spike: bool,
     /// Write the log-probabilities of so many examples beside the output, so that a server can be
     /// compared with the trainer.
     pub parity_examples: usize,
@@ -144,6 +156,8 @@ pub enum LossTokens {
     Assistant,
     /// Every token but the first.
     All,
+    /// The completion where a row names one, else every token.
+    Auto,
 }
 
 /// Number format of a written model.
@@ -165,8 +179,10 @@ impl Default for TrainConfig {
     fn default() -> Self {
         Self {
             model: String::new(),
-            data: PathBuf::new(),
+            data: Sources::default(),
             valid: None,
+            columns: Columns::new(),
+            text_column: None,
             output: PathBuf::new(),
             method: Method::Lora,
             objective: Objective::Sft,
@@ -195,8 +211,12 @@ impl Default for TrainConfig {
             loss_on: LossTokens::Assistant,
             eval_every: 0,
             valid_batch: None,
+            eval_generate: 0,
+            samples: 4,
             epoch_dir: None,
             keep_epochs: 3,
+            spike_steps: 5,
+            stop_on_spike: false,
             parity_examples: 0,
             checkpoint_every: 100,
             checkpoint_seconds: 120,
@@ -216,12 +236,18 @@ const FREE_KEYS: &[&str] = &[
     "model",
     "data",
     "valid",
+    "columns",
+    "text_column",
     "output",
     "init_adapter",
     "eval_every",
     "valid_batch",
+    "eval_generate",
+    "samples",
     "epoch_dir",
     "keep_epochs",
+    "spike_steps",
+    "stop_on_spike",
     "parity_examples",
     "checkpoint_every",
     "checkpoint_seconds",
@@ -240,7 +266,11 @@ impl TrainConfig {
     pub fn validate(&self) -> Result<(), TrainError> {
         let unit = 0.0..1.0;
         require(!self.model.is_empty(), "model", &"", "a model folder")?;
-        require(!self.data.as_os_str().is_empty(), "data", &"", "a file of rows")?;
+        require(!self.data.is_empty(), "data", &"", "a file of rows")?;
+        for source in &self.data.0 {
+            let weight = source.weight;
+            require(weight.is_finite() && weight > 0.0, "weight", &weight, "above 0")?;
+        }
         require(!self.output.as_os_str().is_empty(), "output", &"", "a folder to write")?;
         require(self.rank > 0, "rank", &self.rank, "at least 1")?;
         require(self.alpha.is_finite() && self.alpha > 0.0, "alpha", &self.alpha, "above 0")?;
@@ -282,7 +312,8 @@ impl TrainConfig {
         let adapter = self.method == Method::Lora;
         require(supervised || adapter, "objective", &"dpo", "sft with method full")?;
         let answers = self.loss_on == LossTokens::Assistant;
-        require(supervised || answers, "loss_on", &"all", "assistant with objective dpo")?;
+        let loss_on = if self.loss_on == LossTokens::Auto { "auto" } else { "all" };
+        require(supervised || answers, "loss_on", &loss_on, "assistant with objective dpo")?;
         let epochs = adapter || self.epoch_dir.is_none();
         require(epochs, "epoch_dir", &"set", "unset with method full")
     }
@@ -375,6 +406,7 @@ impl From<LossTokens> for LossOn {
         match tokens {
             LossTokens::Assistant => Self::Assistant,
             LossTokens::All => Self::All,
+            LossTokens::Auto => Self::Auto,
         }
     }
 }

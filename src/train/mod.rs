@@ -10,6 +10,7 @@ mod checkpoint;
 mod config;
 mod epochs;
 mod events;
+mod examiner;
 mod objective;
 mod optimizer;
 mod output;
@@ -30,11 +31,12 @@ pub use batches::{BatchPlan, MicroBatch, split_by_tokens};
 pub use checkpoint::{Checkpoint, newest_checkpoint, write_checkpoint};
 pub use config::{LossTokens, Method, Objective, ScheduleKind, Targets, TrainConfig, WeightDtype};
 pub use events::{EventLog, Rewards, TrainEvent};
+pub use examiner::{Candidate, Examination, Examiner, Generated, Scored};
 pub use optimizer::{AdamW, AdamWConfig, Moments};
 pub use recipe::Recipe;
 pub use report::loss_curve_svg;
 pub use schedule::{Schedule, warmup_steps};
-pub use trainer::run;
+pub use trainer::{num_workers, rehearse, run, run_examined};
 pub use workspace::work_dir;
 
 use crate::adapters::AdapterError;
@@ -154,6 +156,29 @@ pub enum TrainError {
         value: f64,
         /// The step, counted from 1.
         step: usize,
+    },
+    /// The examination found that it must not be published.
+    #[error("the adapter after step {step} is not published: {reason}")]
+    Examination {
+        /// Steps made.
+        step: usize,
+        /// Why.
+        reason: String,
+    },
+    /// A loss that went up and stayed there.
+    #[error(
+        "the loss is {loss:.3} at step {step} and has been above 3 times its median ({median:.3}) for \
+         {steps} steps; go on from an earlier checkpoint with a lower lr, or without stop_on_spike"
+    )]
+    LossSpike {
+        /// The step, counted from 1.
+        step: usize,
+        /// For how many steps.
+        steps: usize,
+        /// Its value.
+        loss: f64,
+        /// Of the steps before.
+        median: f64,
     },
     /// A graph that is cut somewhere.
     #[error("no gradient reaches {parameter}")]

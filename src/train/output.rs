@@ -12,7 +12,7 @@ use candle_core::DType;
 use serde_json::{Map, Value, json};
 
 use super::{
-    EventLog, Outcome, TrainError, TrainJob, TrainSummary, WeightDtype,
+    EventLog, Examination, Outcome, TrainError, TrainJob, TrainSummary, WeightDtype,
     checkpoint::newest_first,
     parity::PARITY_FILE,
     recipe::Recipe,
@@ -22,7 +22,7 @@ use super::{
     workspace::{EVENTS_FILE, Workspace},
 };
 use crate::adapters::{AdapterCard, LoraAdapter};
-use crate::publish::{publish_dir, sha256_file};
+use crate::publish::{publish_dir, sha256_file, sha256_hex};
 
 /// Files of the base that belong beside any weights trained on it.
 const COMPANIONS: &[&str] = &[
@@ -48,6 +48,8 @@ pub(super) struct Finished<'a> {
     pub(super) seconds: f64,
     /// Text of `parity.json`, if one is wanted.
     pub(super) parity: Option<String>,
+    /// What was found before it is published.
+    pub(super) examination: Examination,
 }
 
 /// Refuses to touch an output or an unfinished run that nobody said may go. A finished run that is
@@ -94,6 +96,9 @@ pub(super) fn publish(run: &Finished<'_>, output: &Path) -> Result<String, Train
         fs::write(dir.join(EVENTS_FILE), run.log.text())?;
         if let Some(parity) = &run.parity {
             fs::write(dir.join(PARITY_FILE), parity)?;
+        }
+        for (name, text) in &run.examination.files {
+            fs::write(dir.join(name), text)?;
         }
         fs::write(dir.join("loss.svg"), report::loss_curve_svg(run.log.events()))?;
         Ok(card(run, &digest).write(dir)?)
@@ -166,13 +171,21 @@ fn card(run: &Finished<'_>, digest: &str) -> AdapterCard {
     let valid = report::last_validation(run.log.events())
         .map(|(loss, accuracy)| json!({"loss": loss, "token_accuracy": accuracy}));
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let train = run.job.sources.iter().find(|source| source.role == "train");
+    let train: Vec<&str> = (run.job.sources.iter())
+        .filter(|source| source.role == "train")
+        .map(|source| source.sha256.as_str())
+        .collect();
+    // Of one file its own hash, of several a hash of theirs.
+    let data_sha256 = match train.as_slice() {
+        [only] => (*only).to_owned(),
+        several => sha256_hex(&[several.concat().as_bytes()]),
+    };
     AdapterCard {
         created_by: format!("tunesmith {}", env!("CARGO_PKG_VERSION")),
         created_at: now.as_secs(),
         base_model: run.job.config.model.clone(),
         base_fingerprint: run.model.decoder.fingerprint().to_owned(),
-        data_sha256: train.map_or(String::new(), |source| source.sha256.clone()),
+        data_sha256,
         num_examples: run.job.train.len() as u64,
         configuration: json!({
             "digest": digest,
@@ -186,6 +199,7 @@ fn card(run: &Finished<'_>, digest: &str) -> AdapterCard {
                 "valid": valid,
                 "seconds": run.seconds,
             },
+            "examination": run.examination.card,
         }),
         curve: report::curve(run.log.events()),
     }

@@ -1,8 +1,9 @@
-//! `parity.json`: what the trainer says of some examples, for a server to compare with what it says.
+//! What the trainer says of some examples, for a server to compare with what it says; `parity.json`
+//! holds it for servers elsewhere.
 
 use serde::Serialize;
 
-use super::{MicroBatch, TrainError, trainable::Trainable};
+use super::{MicroBatch, Scored, TrainError, trainable::Trainable};
 use crate::data::Example;
 
 /// Name of the file in the published folder.
@@ -18,29 +19,34 @@ struct Parity<'a> {
 struct ParityExample<'a> {
     tokens: &'a [u32],
     loss_mask: &'a [bool],
-    logprobs: Vec<f32>,
+    logprobs: &'a [f32],
 }
 
-/// The file's text, from a forward pass without dropout over `examples` (of pairs, the preferred
-/// answers).
-pub(super) fn parity<'a>(
+/// A forward pass without dropout over `examples` (of pairs, the preferred answers).
+pub(super) fn score<'a>(
     model: &Trainable,
     examples: impl Iterator<Item = &'a Example>,
-) -> Result<String, TrainError> {
-    let mut found = Vec::new();
+) -> Result<Vec<Scored<'a>>, TrainError> {
+    let mut scored = Vec::new();
     for example in examples {
         let batch = MicroBatch::of_sequences(std::iter::once(example));
-        let logprobs = if batch.rows.is_empty() {
+        let losses = if batch.rows.is_empty() {
             Vec::new()
         } else {
             model.forward(&batch, None)?.values()?
         };
-        found.push(ParityExample {
-            tokens: &example.tokens,
-            loss_mask: &example.loss_mask,
-            logprobs: logprobs.into_iter().map(|nll| -nll).collect(),
-        });
+        scored.push(Scored { example, logprobs: losses.into_iter().map(|nll| -nll).collect() });
     }
-    let text = serde_json::to_string(&Parity { examples: found });
-    Ok(text.expect("plain data is always JSON") + "\n")
+    Ok(scored)
+}
+
+/// The file's text.
+pub(super) fn text(scored: &[Scored<'_>]) -> String {
+    let mut examples = Vec::with_capacity(scored.len());
+    for Scored { example, logprobs } in scored {
+        let (tokens, loss_mask) = (&example.tokens, &example.loss_mask);
+        examples.push(ParityExample { tokens, loss_mask, logprobs });
+    }
+    let text = serde_json::to_string(&Parity { examples });
+    text.expect("plain data is always JSON") + "\n"
 }

@@ -10,6 +10,32 @@ pub(super) fn last_loss(events: &[TrainEvent]) -> Option<f64> {
     train_points(events).last().map(|&(_, loss)| loss)
 }
 
+/// Whether the losses of the last `steps` steps are all above `factor` times the median of the `window`
+/// steps before them, and were not a step earlier: that median and the newest loss.
+pub(super) fn spike(
+    events: &[TrainEvent],
+    window: usize,
+    factor: f64,
+    steps: usize,
+) -> Option<(f64, f64)> {
+    let losses = events.iter().rev().filter_map(|event| match event {
+        TrainEvent::Step { loss, .. } => Some(*loss),
+        _ => None,
+    });
+    let newest: Vec<f64> = losses.take(steps + window).collect();
+    if steps == 0 || newest.len() < steps + window {
+        return None;
+    }
+    let (high, before) = newest.split_at(steps);
+    let mut sorted = before.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let median = sorted[window / 2];
+    let limit = factor * median;
+    // Said once, when the last of the steps comes in.
+    let is_new = before.first().is_none_or(|loss| *loss <= limit);
+    (is_new && high.iter().all(|loss| *loss > limit)).then_some((median, high[0]))
+}
+
 /// Loss and token accuracy of the newest validation over all rows.
 pub(super) fn last_validation(events: &[TrainEvent]) -> Option<(f64, f64)> {
     events.iter().rev().find_map(|event| {
@@ -261,6 +287,18 @@ mod tests {
             rewards: None,
             seconds: 1.0,
         }
+    }
+
+    #[test]
+    fn a_spike_is_a_loss_that_stays_far_above_its_median_and_is_told_once() {
+        let told = |losses: &[f64]| -> Vec<usize> {
+            let events: Vec<_> = losses.iter().zip(1..).map(|(loss, n)| step(n, *loss)).collect();
+            (1..=events.len()).filter(|n| spike(&events[..*n], 20, 3.0, 3).is_some()).collect()
+        };
+        let calm = vec![1.0; 20];
+        assert_eq!(told(&[&calm[..], &[3.5, 3.5, 3.5, 3.5, 3.5]].concat()), [23]);
+        assert_eq!(told(&[&calm[..], &[3.5, 3.5, 1.0, 3.5]].concat()), [0; 0]);
+        assert_eq!(told(&[9.0, 9.0, 9.0]), [0; 0], "too few steps to know");
     }
 
     /// All coordinates of the polylines.

@@ -10,7 +10,7 @@ use crate::model::{Decoder, DeltaRows, Dropout, ModelConfig, Step, StepSequence,
 
 /// A decoder with parameters to train.
 pub(super) struct Trainable {
-    pub(super) decoder: Decoder,
+    pub(super) decoder: Arc<Decoder>,
     /// The adapter that is trained; `None` when all weights are.
     pub(super) adapter: Option<Arc<LoraAdapter>>,
     /// Whether the weights are random ones of `seed` instead of a checkpoint's.
@@ -47,14 +47,15 @@ impl Trainable {
             } else {
                 Decoder::load(dir, WeightMode::Trainable)?
             };
-            return Ok(Self { decoder, adapter: None, from_random });
+            return Ok(Self { decoder: Arc::new(decoder), adapter: None, from_random });
         }
         let decoder = Decoder::load(dir, config.quantize.into())?;
         let adapter = match &config.init_adapter {
             Some(adapter) => LoraAdapter::read(adapter, decoder.config(), true)?,
             None => LoraAdapter::fresh(&config.lora()?, decoder.config(), config.seed)?,
         };
-        Ok(Self { decoder, adapter: Some(Arc::new(adapter)), from_random: false })
+        let (decoder, adapter) = (Arc::new(decoder), Some(Arc::new(adapter)));
+        Ok(Self { decoder, adapter, from_random: false })
     }
 
     /// What is trained, sorted by name.

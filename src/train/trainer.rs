@@ -1,17 +1,18 @@
 //! The loop.
 
 use std::{
+    fs,
     path::PathBuf,
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
 use super::{
-    AdamW, AdamWConfig, BatchPlan, EventLog, Gradients, Objective, Outcome, Schedule, TrainConfig,
-    TrainError, TrainEvent, TrainJob, TrainSummary, checkpoint, clip_factor, epochs,
+    AdamW, AdamWConfig, BatchPlan, Candidate, EventLog, Examination, Examiner, Gradients,
+    Objective, Outcome, Schedule, Scored, TrainConfig, TrainError, TrainEvent, TrainJob,
+    TrainSummary, checkpoint, clip_factor, epochs,
     objective::{PairLogProbs, Part, Sums, parts, reference},
-    output,
-    parity::parity,
+    output, parity,
     recipe::Recipe,
     report,
     schedule::warmup_steps,
@@ -27,6 +28,12 @@ use crate::model::Dropout;
 /// Models with more parameters than this keep all cores busy with one micro-batch.
 const MAX_PARALLEL_PARAMETERS: usize = 60_000_000;
 const MAX_WORKERS: usize = 8;
+/// Sequences by which training and serving are compared.
+const NUM_COMPARED: usize = 8;
+/// A loss above this many times the median of the last steps is a spike.
+const SPIKE_FACTOR: f64 = 3.0;
+/// Steps whose median that is; fewer say too little.
+const SPIKE_WINDOW: usize = 20;
 
 /// Trains as `job` says and publishes the output. `observer` hears of every event; when `stop`
 /// becomes true, the run ends with a checkpoint at the last step border.
@@ -41,13 +48,28 @@ pub fn run(
     observer: &mut dyn FnMut(&TrainEvent),
     stop: &AtomicBool,
 ) -> Result<TrainSummary, TrainError> {
+    run_examined(job, observer, None, stop)
+}
+
+/// [`run`], with an examiner who is asked at validations and before the output is published.
+///
+/// # Errors
+/// Every [`TrainError`].
+pub fn run_examined<'a>(
+    job: &'a TrainJob,
+    observer: &'a mut dyn FnMut(&TrainEvent),
+    examiner: Option<&'a mut dyn Examiner>,
+    stop: &AtomicBool,
+) -> Result<TrainSummary, TrainError> {
     job.config.validate()?;
     if let Some(summary) = output::check(job)? {
         let (step, path) = (summary.step, summary.path.clone());
         observer(&TrainEvent::Published { step, path });
         return Ok(summary);
     }
-    let mut trainer = Trainer::new(job, observer, stop)?;
+    let workspace = Workspace::open(&job.config.output)?;
+    let mut trainer = Trainer::new(job, Some(workspace), observer, stop)?;
+    trainer.examiner = examiner;
     let outcome = trainer.train(stop)?;
     if outcome == Outcome::Stopped {
         return trainer.stop();
@@ -55,11 +77,31 @@ pub fn run(
     trainer.publish(outcome)
 }
 
+/// Makes the first `num_steps` optimizer steps of `job`, as [`run`] would, and forgets them: nothing
+/// is written. `observer` hears what they cost.
+///
+/// # Errors
+/// Every [`TrainError`] that a run can meet up to there.
+pub fn rehearse(
+    job: &TrainJob,
+    num_steps: usize,
+    observer: &mut dyn FnMut(&TrainEvent),
+    stop: &AtomicBool,
+) -> Result<(), TrainError> {
+    job.config.validate()?;
+    let mut trainer = Trainer::new(job, None, observer, stop)?;
+    while trainer.step < num_steps.min(trainer.schedule.total_steps) && trainer.make_step(stop)? {}
+    Ok(())
+}
+
 /// One run.
 struct Trainer<'a> {
     job: &'a TrainJob,
     observer: &'a mut dyn FnMut(&TrainEvent),
-    workspace: Workspace,
+    /// Who can serve what is trained, if anybody.
+    examiner: Option<&'a mut dyn Examiner>,
+    /// Where things are written; `None` in a rehearsal.
+    workspace: Option<Workspace>,
     model: Trainable,
     optimizer: AdamW,
     gradients: Gradients,
@@ -83,16 +125,18 @@ impl<'a> Trainer<'a> {
     /// Loads the model and, to resume, the newest good checkpoint.
     fn new(
         job: &'a TrainJob,
+        workspace: Option<Workspace>,
         observer: &'a mut dyn FnMut(&TrainEvent),
         stop: &AtomicBool,
     ) -> Result<Self, TrainError> {
         let started = Instant::now();
         let config = &job.config;
-        let workspace = Workspace::open(&config.output)?;
         let model = Trainable::load(&job.model_dir, config)?;
         check_examples(job, model.decoder.config().vocab_size)?;
-        epochs::prepare(config)?;
-        let workers = Workers::new(num_workers(&model))?;
+        if workspace.is_some() {
+            epochs::prepare(config)?;
+        }
+        let workers = Workers::new(num_workers(model.decoder.num_parameters()))?;
         // Before a checkpoint is read: the parameters are still those of the start, so a resumed run
         // compares with the same numbers.
         let mut at_start = (Vec::new(), Vec::new());
@@ -134,6 +178,7 @@ impl<'a> Trainer<'a> {
             last_checkpoint: (started, 0),
             job,
             observer,
+            examiner: None,
             workspace,
             model,
             optimizer,
@@ -144,7 +189,9 @@ impl<'a> Trainer<'a> {
         if config.resume {
             trainer.resume()?;
         }
-        trainer.workspace.rewrite_events(trainer.log.text())?;
+        if let Some(workspace) = &mut trainer.workspace {
+            workspace.rewrite_events(trainer.log.text())?;
+        }
         trainer.say_started()?;
         Ok(trainer)
     }
@@ -160,6 +207,7 @@ impl<'a> Trainer<'a> {
             if !self.make_step(stop)? {
                 return Ok(Outcome::Stopped);
             }
+            self.watch_for_spikes()?;
             let at_end = self.step == self.schedule.total_steps;
             let at_epoch = self.step.is_multiple_of(self.plan.steps_per_epoch());
             if at_epoch && config.epoch_dir.is_some() && !at_end {
@@ -234,6 +282,26 @@ impl<'a> Trainer<'a> {
         Ok(true)
     }
 
+    /// Warns when the loss has been far above its median for `spike_steps` steps, and ends the run
+    /// there if that is wanted. The newest good checkpoint stays.
+    fn watch_for_spikes(&mut self) -> Result<(), TrainError> {
+        let config = &self.job.config;
+        let Some((median, loss)) =
+            report::spike(self.log.events(), SPIKE_WINDOW, SPIKE_FACTOR, config.spike_steps)
+        else {
+            return Ok(());
+        };
+        let (step, steps) = (self.step, config.spike_steps);
+        if config.stop_on_spike {
+            return Err(TrainError::LossSpike { step, steps, loss, median });
+        }
+        let message = format!(
+            "the loss is {loss:.3} at step {step} and has been above {SPIKE_FACTOR} times its median \
+             ({median:.3}) for {steps} steps; a lower lr or a longer warm-up may help"
+        );
+        self.say(TrainEvent::Warning { message })
+    }
+
     /// Loss and accuracy on the validation examples: all of them, or the next few.
     fn validate(&mut self, full: bool) -> Result<(), TrainError> {
         let begun = Instant::now();
@@ -250,7 +318,64 @@ impl<'a> Trainer<'a> {
         };
         let full = chosen.len() == valid.len();
         let seconds = begun.elapsed().as_secs_f64();
-        self.say(validation::event(config, self.step, full, measured, seconds))
+        self.say(validation::event(config, self.step, full, measured, seconds))?;
+        self.generate()
+    }
+
+    /// Has answers to validation rows generated, where that is wanted.
+    fn generate(&mut self) -> Result<(), TrainError> {
+        let Some(examiner) = self.examiner.take() else { return Ok(()) };
+        let (begun, step) = (Instant::now(), self.step);
+        let answered = if self.job.config.eval_generate == 0 || self.model.adapter.is_none() {
+            Ok(None)
+        } else {
+            self.as_candidate(&[], |candidate| examiner.generate(candidate)).map(Some)
+        };
+        self.examiner = Some(examiner);
+        let Some(generated) = answered? else { return Ok(()) };
+        self.say(TrainEvent::Generated {
+            step,
+            num_rows: generated.num_rows,
+            exact_match: generated.exact_match,
+            f1: generated.f1,
+            seconds: begun.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// Shows the adapter as it is now to `ask`, in a folder that is gone afterwards.
+    fn as_candidate<T>(
+        &self,
+        scored: &[Scored<'_>],
+        ask: impl FnOnce(&Candidate<'_>) -> Result<T, String>,
+    ) -> Result<T, TrainError> {
+        let folder = self.workspace.as_ref().map(Workspace::candidate);
+        let adapter = folder.as_deref().zip(self.model.adapter.as_ref());
+        if let Some((dir, adapter)) = adapter {
+            fs::create_dir_all(dir)?;
+            adapter.write(dir, &self.job.config.model)?;
+        }
+        let answer = ask(&Candidate {
+            job: self.job,
+            decoder: &self.model.decoder,
+            adapter: adapter.map(|(dir, _)| dir),
+            events: self.log.events(),
+            scored,
+        });
+        if let Some((dir, _)) = adapter {
+            fs::remove_dir_all(dir)?;
+        }
+        answer.map_err(|reason| TrainError::Examination { step: self.step, reason })
+    }
+
+    /// What the examiner says of the adapter that is about to be published.
+    fn examine(&mut self, scored: &[Scored<'_>]) -> Result<Examination, TrainError> {
+        let Some(examiner) = self.examiner.take() else { return Ok(Examination::default()) };
+        let examination = self.as_candidate(scored, |candidate| examiner.examine(candidate))?;
+        if let Some(max_difference) = examination.max_difference {
+            let num_tokens = examination.num_tokens;
+            self.say(TrainEvent::Parity { step: self.step, max_difference, num_tokens })?;
+        }
+        Ok(examination)
     }
 
     /// Validates on all rows, unless that was done after this step.
@@ -265,7 +390,7 @@ impl<'a> Trainer<'a> {
         let Some(dir) = &config.epoch_dir else { return Ok(()) };
         self.validate_fully()?;
         let path = epochs::folder(dir, self.step);
-        output::publish(&self.finished(None), &path)?;
+        output::publish(&self.finished(), &path)?;
         epochs::prune(dir, self.step, config.keep_epochs)?;
         let epoch = self.step.div_ceil(self.plan.steps_per_epoch());
         self.say(TrainEvent::Epoch { step: self.step, epoch, path })
@@ -273,9 +398,10 @@ impl<'a> Trainer<'a> {
 
     /// Goes back to the newest good checkpoint, if there is one.
     fn resume(&mut self) -> Result<(), TrainError> {
+        let Some(workspace) = &self.workspace else { return Ok(()) };
         let mut skipped = Vec::new();
         let mut remember = |reason: &TrainError| skipped.push(reason.to_string());
-        let found = checkpoint::newest_checkpoint(&self.workspace.checkpoints(), &mut remember)?;
+        let found = checkpoint::newest_checkpoint(&workspace.checkpoints(), &mut remember)?;
         if let Some(mut checkpoint) = found {
             self.recipe.check(&checkpoint.recipe, &checkpoint.path)?;
             self.log = std::mem::take(&mut checkpoint.log);
@@ -291,7 +417,8 @@ impl<'a> Trainer<'a> {
     }
 
     fn write_checkpoint(&mut self) -> Result<(), TrainError> {
-        let folder = self.workspace.checkpoints();
+        let Some(workspace) = &self.workspace else { return Ok(()) };
+        let folder = workspace.checkpoints();
         let path = checkpoint::write_checkpoint(
             &folder,
             self.step,
@@ -318,21 +445,26 @@ impl<'a> Trainer<'a> {
         self.validate_fully()?;
         self.end_epoch()?;
         let config = &self.job.config;
-        let wanted = self.job.valid.iter().chain(&self.job.train).take(config.parity_examples);
-        let parity =
-            (config.parity_examples > 0).then(|| parity(&self.model, wanted)).transpose()?;
-        let digest = output::publish(&self.finished(parity), &config.output)?;
+        let compared = if self.examiner.is_some() { NUM_COMPARED } else { 0 };
+        let wanted = self.job.valid.iter().chain(&self.job.train);
+        let wanted = wanted.take(config.parity_examples.max(compared));
+        let scored = parity::score(&self.model, wanted)?;
+        let examination = self.examine(&scored)?;
+        let given = &scored[..config.parity_examples.min(scored.len())];
+        let parity = (config.parity_examples > 0).then(|| parity::text(given));
+        let finished = output::Finished { parity, examination, ..self.finished() };
+        let digest = output::publish(&finished, &config.output)?;
         let path = config.output.clone();
         self.say(TrainEvent::Published { step: self.step, path: path.clone() })?;
         let summary = self.summary(outcome, path, digest);
-        if !config.keep_work {
-            self.workspace.remove()?;
+        if let Some(workspace) = self.workspace.take().filter(|_| !config.keep_work) {
+            workspace.remove()?;
         }
         Ok(summary)
     }
 
     /// What is to be published now.
-    fn finished(&self, parity: Option<String>) -> output::Finished<'_> {
+    fn finished(&self) -> output::Finished<'_> {
         output::Finished {
             job: self.job,
             model: &self.model,
@@ -341,7 +473,8 @@ impl<'a> Trainer<'a> {
             step: self.step,
             total_steps: self.schedule.total_steps,
             seconds: self.started.elapsed().as_secs_f64(),
-            parity,
+            parity: None,
+            examination: Examination::default(),
         }
     }
 
@@ -375,13 +508,18 @@ impl<'a> Trainer<'a> {
     fn say(&mut self, event: TrainEvent) -> Result<(), TrainError> {
         (self.observer)(&event);
         let line = self.log.push(event);
-        self.workspace.append_event(&line)
+        match &mut self.workspace {
+            Some(workspace) => workspace.append_event(&line),
+            None => Ok(()),
+        }
     }
 }
 
-/// Micro-batches at once. Only where their activations are small: each worker has its own.
-fn num_workers(model: &Trainable) -> usize {
-    let small = model.decoder.num_parameters() < MAX_PARALLEL_PARAMETERS;
+/// Micro-batches at once, for a model of so many parameters. Only where their activations are small:
+/// each worker has its own.
+#[must_use]
+pub fn num_workers(num_parameters: usize) -> usize {
+    let small = num_parameters < MAX_PARALLEL_PARAMETERS;
     if small { rayon::current_num_threads().min(MAX_WORKERS) } else { 1 }
 }
 

@@ -65,6 +65,11 @@ impl Workspace {
         self.dir.join("checkpoints")
     }
 
+    /// Where an adapter may be put for a while.
+    pub(super) fn candidate(&self) -> PathBuf {
+        self.dir.join("candidate")
+    }
+
     /// Makes `text` the whole event log: what came after the checkpoint never happened.
     pub(super) fn rewrite_events(&mut self, text: &str) -> Result<(), TrainError> {
         self.events.set_len(0)?;

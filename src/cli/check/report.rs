@@ -2,7 +2,8 @@
 
 use std::{collections::BTreeMap, fmt::Write};
 
-use super::{DataFile, memory::Memory};
+use super::DataFile;
+use crate::cli::memory::{Memory, bytes};
 use crate::data::{Distribution, RowError, RunEstimate, SharedPrompt};
 
 /// More errors than this are only counted.
@@ -138,7 +139,7 @@ fn distributions(file: &DataFile) -> String {
 }
 
 /// The first few of `count` things, separated by commas.
-fn named(things: impl Iterator<Item = String>, count: usize) -> String {
+pub(in crate::cli) fn named(things: impl Iterator<Item = String>, count: usize) -> String {
     let mut text = things.take(MAX_LINES_NAMED).collect::<Vec<_>>().join(", ");
     if count > MAX_LINES_NAMED {
         text.push_str(", ...");
@@ -157,12 +158,6 @@ fn grouped(number: usize) -> String {
         text.push(digit);
     }
     text
-}
-
-fn bytes(number: u64) -> String {
-    const MIB: f64 = (1 << 20) as f64;
-    let mib = number as f64 / MIB;
-    if mib < 1024.0 { format!("{mib:.1} MiB") } else { format!("{:.1} GiB", mib / 1024.0) }
 }
 
 #[cfg(test)]

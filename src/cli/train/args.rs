@@ -6,6 +6,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::cli::config::parse_bytes;
+use crate::data::Columns;
 
 /// Fine-tune a model on chat, prompt/completion or preference rows
 ///
@@ -13,19 +14,25 @@ use crate::cli::config::parse_bytes;
 /// (`TUNESMITH_BATCH_SIZE`); flags win over the environment, the environment over the file.
 #[derive(Args, Debug, Default, Serialize)]
 pub(crate) struct TrainArgs {
-    /// YAML file with settings
+    /// YAML file with settings, of this program, of TRL or of AutoTrain
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
     pub(crate) config: Option<PathBuf>,
     /// Base model: a folder in Hub layout, or owner/name[@revision] on the Hub
     #[arg(long)]
     pub(crate) model: Option<String>,
-    /// Training rows, JSON lines
-    #[arg(long, value_name = "FILE")]
-    pub(crate) data: Option<PathBuf>,
+    /// Training rows: a file (JSON lines or array, CSV, Parquet, gzip), a folder or a pattern (repeatable)
+    #[arg(long, value_name = "PATH")]
+    pub(crate) data: Vec<PathBuf>,
     /// Held-out rows for the validation loss
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "PATH")]
     pub(crate) valid: Option<PathBuf>,
+    /// Columns of the rows under other names: question=prompt,answer=completion
+    #[arg(long, value_name = "THEIRS=OURS", value_parser = columns)]
+    pub(crate) columns: Option<Columns>,
+    /// Column that holds the whole row, a text or a list of messages
+    #[arg(long, value_name = "NAME")]
+    pub(crate) text_column: Option<String>,
     /// Folder to publish; checkpoints and events are kept in OUTPUT.work until then
     #[arg(long, value_name = "DIR")]
     pub(crate) output: Option<PathBuf>,
@@ -102,7 +109,7 @@ pub(crate) struct TrainArgs {
     #[arg(long)]
     pub(crate) max_length: Option<usize>,
     /// Tokens that count in the loss [assistant]
-    #[arg(long, value_parser = ["assistant", "all"])]
+    #[arg(long, value_parser = ["assistant", "all", "auto"])]
     pub(crate) loss_on: Option<String>,
     /// Validate every N steps, and at the end [0 = only at the end]
     #[arg(long, value_name = "N")]
@@ -110,12 +117,24 @@ pub(crate) struct TrainArgs {
     /// Rows of such a validation, in rotation; all at the end [all]
     #[arg(long, value_name = "N")]
     pub(crate) valid_batch: Option<usize>,
+    /// Answer N validation rows at each validation: exact match and F1 [0]
+    #[arg(long, value_name = "N")]
+    pub(crate) eval_generate: Option<usize>,
+    /// Rows that the report answers before and after [4]
+    #[arg(long, value_name = "N")]
+    pub(crate) samples: Option<usize>,
     /// Publish the adapter at the end of each epoch as DIR/step-N
     #[arg(long, value_name = "DIR")]
     pub(crate) epoch_dir: Option<PathBuf>,
     /// Adapters that are kept there, the newest [3]
     #[arg(long, value_name = "N")]
     pub(crate) keep_epochs: Option<usize>,
+    /// Warn when the loss was above three times its median for N steps, 0 = never [5]
+    #[arg(long, value_name = "N")]
+    pub(crate) spike_steps: Option<usize>,
+    /// End the run there, with its checkpoints
+    #[arg(long)]
+    pub(crate) stop_on_spike: bool,
     /// Write the log-probabilities of N examples as parity.json beside the adapter [0]
     #[arg(long, value_name = "N")]
     pub(crate) parity_examples: Option<usize>,
@@ -133,7 +152,7 @@ pub(crate) struct TrainArgs {
     pub(crate) dtype: Option<String>,
     /// Hold the base under an adapter in 8 bits, or its projections in 4 [none]
     #[arg(long, value_parser = ["none", "int8", "int4"])]
-    pub(super) quantize: Option<String>,
+    pub(crate) quantize: Option<String>,
     /// Threads of the tensor operations [all cores]
     #[arg(long)]
     pub(crate) threads: Option<usize>,
@@ -146,6 +165,14 @@ pub(crate) struct TrainArgs {
     /// Keep OUTPUT.work
     #[arg(long)]
     pub(crate) keep_work: bool,
+    /// Make two real steps, print what a run would take, and leave nothing behind
+    #[arg(long)]
+    #[serde(skip)]
+    pub(crate) dry_run: bool,
+    /// Memory that the run may take, such as 8GiB: chooses --micro-batch-tokens
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    #[serde(skip)]
+    pub(crate) memory: Option<usize>,
     /// Print every event as a line of JSON, and nothing else
     #[arg(long)]
     #[serde(skip)]
@@ -162,6 +189,15 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     #[serde(skip)]
     pub(crate) memory_limit: Option<usize>,
+}
+
+/// `question=prompt,answer=completion`, theirs first.
+pub(crate) fn columns(text: &str) -> Result<Columns, String> {
+    let pair = |pair: &str| match pair.split_once('=') {
+        Some((theirs, ours)) => Ok((ours.trim().to_owned(), theirs.trim().to_owned())),
+        None => Err(format!("{pair:?} is no THEIRS=OURS")),
+    };
+    text.split(',').map(pair).collect()
 }
 
 fn bytes(text: &str) -> Result<usize, String> {

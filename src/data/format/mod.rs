@@ -1,10 +1,13 @@
 //! The forms in which a row may be written. One file per form and one line in [`FORMATS`]; each
 //! turns its JSON object into a [`RowBody`] or says everything that is wrong with it.
 
+mod alpaca;
+mod conversations;
 mod messages;
 mod openai_chat;
 mod preference;
 mod prompt_completion;
+mod text;
 
 use serde_json::{Map, Value};
 
@@ -23,8 +26,14 @@ pub struct Format {
 }
 
 /// Every known format, in the order in which they are tried.
-pub const FORMATS: &[Format] =
-    &[openai_chat::FORMAT, preference::FORMAT, prompt_completion::FORMAT];
+pub const FORMATS: &[Format] = &[
+    openai_chat::FORMAT,
+    preference::FORMAT,
+    prompt_completion::FORMAT,
+    conversations::FORMAT,
+    alpaca::FORMAT,
+    text::FORMAT,
+];
 
 /// Collects what is wrong with one row.
 #[derive(Debug, Default)]

@@ -14,7 +14,7 @@ pub(super) const FORMAT: Format = Format {
     parse,
 };
 
-fn parse(mut row: Map<String, Value>, problems: &mut Problems) -> Option<RowBody> {
+pub(super) fn parse(mut row: Map<String, Value>, problems: &mut Problems) -> Option<RowBody> {
     let tools = parse_tools(&mut row, problems);
     let list = match row.remove("messages") {
         Some(Value::Array(list)) if !list.is_empty() => list,
@@ -47,6 +47,15 @@ pub(super) fn parse_tools(
         let message = format!("`parallel_tool_calls` is {}, not a boolean", kind(value));
         problems.add("wrong_type", message);
     }
+    // Columns of text hold the list as JSON.
+    let from_text = row.get("tools").is_some_and(Value::is_string);
+    if let Some(tools @ Value::String(_)) = row.get_mut("tools") {
+        *tools = match tools.as_str() {
+            Some("") => Value::Null,
+            Some(text) => serde_json::from_str(text).unwrap_or_else(|_| tools.clone()),
+            None => Value::Null,
+        };
+    }
     let (key, list) = match (row.remove("tools"), row.remove("functions")) {
         (Some(Value::Null) | None, Some(Value::Null) | None) => return None,
         (Some(Value::Null) | None, Some(functions)) => ("functions", functions),
@@ -58,8 +67,9 @@ pub(super) fn parse_tools(
     };
     let mut tools = Vec::with_capacity(list.len());
     for (index, entry) in list.into_iter().enumerate() {
-        let tool =
-            if key == "tools" { entry } else { json!({"type": "function", "function": entry}) };
+        // ShareGPT's tools are bare functions, as `functions` has them.
+        let is_bare = key == "functions" || (from_text && entry["function"].is_null());
+        let tool = if is_bare { json!({"type": "function", "function": entry}) } else { entry };
         if tool["type"] != "function" || !tool["function"]["name"].is_string() {
             let message = format!("{key}[{index}] has no type `function` with a `function.name`");
             problems.add("invalid_tools", message);

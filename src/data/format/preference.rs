@@ -1,14 +1,15 @@
 //! Preference rows: one prompt and two answers, of which the first is to be preferred. OpenAI's form
 //! has `input`, `preferred_output` and `non_preferred_output`; TRL's has `prompt`, `chosen` and
 //! `rejected`, as strings or as lists of messages, or the last two alone, as whole conversations with
-//! a common beginning.
+//! a common beginning. ShareGPT's and Alpaca's have a `conversations` or an `instruction` and two answers
+//! to it.
 //!
 //! Either side becomes the row that it would be alone, prompt and answer, so that all that is true of
 //! ordinary rows (how they are rendered, what is trained) is true of each side.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
-use super::{Format, Problems, messages, openai_chat::parse_tools};
+use super::{Format, Problems, alpaca, conversations, messages, openai_chat::parse_tools};
 use crate::data::{RowBody, read::kind};
 
 pub(super) const FORMAT: Format = Format {
@@ -38,7 +39,12 @@ fn parse(mut row: Map<String, Value>, problems: &mut Problems) -> Option<RowBody
             problems.add(code, format!("the row has no `{name}`"));
         }
     }
-    let (better, worse) = (preferred?, non_preferred?);
+    let (mut better, mut worse) = (preferred?, non_preferred?);
+    if let Some(prompt) = foreign_prompt(&mut row, problems) {
+        row.insert("prompt".to_owned(), prompt?.into());
+        better.answer = as_messages(better.answer, problems);
+        worse.answer = as_messages(worse.answer, problems);
+    }
     let prompt = match row.remove("input") {
         Some(Value::Object(mut input)) => {
             let messages = input.remove("messages");
@@ -61,7 +67,8 @@ fn parse(mut row: Map<String, Value>, problems: &mut Problems) -> Option<RowBody
             let sides = [(better.key, chosen), (worse.key, rejected)];
             conversations(&mut row, prompt, sides, problems)?
         }
-        (None, Value::Array(mut chosen), Value::Array(mut rejected)) => {
+        // A prompt as text beside whole conversations only repeats their beginning.
+        (None | Some(Value::String(_)), Value::Array(mut chosen), Value::Array(mut rejected)) => {
             let prompt = take_common_start(&mut chosen, &mut rejected);
             let sides = [(better.key, chosen), (worse.key, rejected)];
             conversations(&mut row, prompt, sides, problems)?
@@ -92,6 +99,30 @@ fn parse(mut row: Map<String, Value>, problems: &mut Problems) -> Option<RowBody
 struct Side {
     key: &'static str,
     answer: Value,
+}
+
+/// The prompt of a row that is written as ShareGPT or Alpaca has it, as messages.
+fn foreign_prompt(
+    row: &mut Map<String, Value>,
+    problems: &mut Problems,
+) -> Option<Option<Vec<Value>>> {
+    if let Some(turns) = row.remove("conversations") {
+        return Some(conversations::messages(turns, row.remove("system"), problems));
+    }
+    row.contains_key("instruction").then(|| alpaca::question(row, problems))
+}
+
+/// An answer as a list of messages: a text is the assistant's, a turn is one message.
+fn as_messages(answer: Value, problems: &mut Problems) -> Value {
+    match answer {
+        Value::String(text) => json!([{"role": "assistant", "content": text}]),
+        turn @ Value::Object(_) => vec![conversations::message(turn, 1, problems)].into(),
+        Value::Array(turns) => {
+            let message = |(index, turn)| conversations::message(turn, index + 1, problems);
+            turns.into_iter().enumerate().map(message).collect()
+        }
+        other => other,
+    }
 }
 
 fn take(row: &mut Map<String, Value>, keys: &[&'static str]) -> Option<Side> {

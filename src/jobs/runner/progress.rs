@@ -106,6 +106,8 @@ impl<'a> Progress<'a> {
             | TrainEvent::Checkpointed { .. }
             | TrainEvent::Stopped { .. }
             | TrainEvent::Warning { .. }
+            | TrainEvent::Generated { .. }
+            | TrainEvent::Parity { .. }
             | TrainEvent::Published { .. } => {}
         }
     }

@@ -102,8 +102,8 @@ impl Places {
         let eval_every = steps_per_epoch.div_ceil(VALIDATIONS_PER_EPOCH).max(1) as usize;
         TrainConfig {
             model: service.config.base_dir.display().to_string(),
-            data: self.data(),
-            valid: has_valid.then(|| self.valid()),
+            data: self.data().into(),
+            valid: has_valid.then(|| self.valid().into()),
             output: self.model(),
             init_adapter: job.parent_model.is_some().then(|| self.init()),
             objective: match job.method {

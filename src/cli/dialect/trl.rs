@@ -1,0 +1,389 @@
+//! TRL's command line: one flat map with the fields of `ScriptArguments`, `ModelConfig` and
+//! `SFTConfig` or `DPOConfig`, the last two over transformers' `TrainingArguments`.
+//!
+//! Such a file does not say whether `trl sft` or `trl dpo` reads it: a flag does, or a key that only
+//! one of them has.
+
+use serde_json::{Map, Value, json};
+
+use super::{
+    Dialect,
+    Rule::{self, Flag, Harmless, Ignored, Number, Read, Refused, Text},
+    Theirs, Translation, optimizer, plain, schedule, validation,
+};
+
+pub(super) const DIALECT: Dialect = Dialect {
+    name: "TRL",
+    detect: |file| {
+        const OWN: &[&str] = &[
+            "model_name_or_path",
+            "dataset_name",
+            "datasets",
+            "per_device_train_batch_size",
+            "num_train_epochs",
+            "output_dir",
+        ];
+        OWN.iter().any(|key| file.contains_key(*key))
+    },
+    nested: &[],
+    keys: KEYS,
+    finish,
+};
+
+const NO_UPLOAD: &str = "nothing is uploaded; the output is a local folder";
+const NO_TRACKER: &str = "no tracker is called; events.jsonl and loss.svg are in the output";
+const ONE_PROCESS: &str = "one process does the work; remove it";
+const OWN_FORMAT: &str = "the base stays in the number format of its files, sums are f32";
+const ONE_LOSS: &str = "only the plain losses of sft and dpo (sigmoid) are available; remove it";
+const OWN_TEMPLATE: &str = "the base's own chat template is used, as a server will; put another one \
+                            into the model folder";
+
+const KEYS: &[(&str, Rule)] = &[
+    // ScriptArguments.
+    ("dataset_name", Read),
+    ("datasets", Read),
+    ("dataset_config", Ignored("local files have no configurations")),
+    ("dataset_train_split", Read),
+    ("dataset_test_split", Read),
+    ("dataset_streaming", Harmless),
+    ("streaming", Harmless),
+    ("test_split_size", Refused("name held-out rows with --valid; remove it")),
+    ("gradient_checkpointing_use_reentrant", Harmless),
+    ("ignore_bias_buffers", Harmless),
+    // ModelConfig.
+    ("model_name_or_path", Read),
+    ("model_revision", Read),
+    ("dtype", Harmless),
+    ("torch_dtype", Harmless),
+    ("trust_remote_code", Ignored("no code of a model folder is ever run")),
+    ("attn_implementation", Harmless),
+    ("use_peft", Read),
+    ("lora_r", Number("rank")),
+    ("lora_alpha", Number("alpha")),
+    ("lora_dropout", Number("dropout")),
+    ("lora_target_modules", Read),
+    ("lora_target_parameters", Refused("adapters are for linear layers only; remove it")),
+    ("lora_modules_to_save", Refused("only adapters of linear layers are trained; remove it")),
+    ("lora_task_type", Harmless),
+    ("use_rslora", Flag("rslora")),
+    ("use_dora", Refused("DoRA is not available; remove it for plain LoRA")),
+    ("load_in_8bit", Ignored(OWN_FORMAT)),
+    ("load_in_4bit", Ignored(OWN_FORMAT)),
+    ("bnb_4bit_quant_type", Harmless),
+    ("use_bnb_nested_quant", Harmless),
+    ("bnb_4bit_quant_storage", Harmless),
+    // SFTConfig and DPOConfig.
+    ("model_init_kwargs", Harmless),
+    ("chat_template_path", Refused(OWN_TEMPLATE)),
+    ("dataset_text_field", Read),
+    ("dataset_kwargs", Harmless),
+    ("dataset_num_proc", Harmless),
+    ("eos_token", Refused("the base's own end token is used, as a server will; remove it")),
+    ("pad_token", Harmless),
+    ("max_length", Read),
+    ("max_seq_length", Read),
+    ("shuffle_dataset", Harmless),
+    (
+        "packing",
+        Ignored(
+            "rows are not padded here, so they need no packing; batch_size counts rows, \
+                         while TRL would count packs of max_length tokens and make fewer steps",
+        ),
+    ),
+    ("packing_strategy", Harmless),
+    ("padding_free", Harmless),
+    ("pad_to_multiple_of", Harmless),
+    ("eval_packing", Harmless),
+    ("completion_only_loss", Read),
+    ("assistant_only_loss", Read),
+    ("loss_type", Read),
+    ("activation_offloading", Harmless),
+    ("beta", Number("dpo_beta")),
+    ("label_smoothing", Refused(ONE_LOSS)),
+    ("reference_free", Refused(ONE_LOSS)),
+    ("rpo_alpha", Refused(ONE_LOSS)),
+    ("ld_alpha", Refused(ONE_LOSS)),
+    ("loss_weights", Refused(ONE_LOSS)),
+    ("use_weighting", Refused(ONE_LOSS)),
+    ("discopop_tau", Harmless),
+    ("f_divergence_type", Read),
+    ("f_alpha_divergence_coef", Harmless),
+    ("sync_ref_model", Refused("the reference is the start of the run; remove it")),
+    ("ref_model_mixup_alpha", Harmless),
+    ("ref_model_sync_steps", Harmless),
+    ("ref_model_init_kwargs", Harmless),
+    ("force_use_ref_model", Harmless),
+    ("precompute_ref_log_probs", Harmless),
+    ("precompute_ref_batch_size", Harmless),
+    ("disable_dropout", Read),
+    ("truncation_mode", Read),
+    ("max_prompt_length", Ignored("a row is cut at max_length only")),
+    ("max_completion_length", Ignored("a row is cut at max_length only")),
+    ("use_liger_kernel", Harmless),
+    ("use_liger_loss", Harmless),
+    // TrainingArguments.
+    ("output_dir", Text("output")),
+    ("overwrite_output_dir", Flag("overwrite")),
+    ("do_train", Harmless),
+    ("do_eval", Harmless),
+    ("do_predict", Harmless),
+    ("eval_strategy", Read),
+    ("evaluation_strategy", Read),
+    ("eval_steps", Read),
+    ("eval_delay", Harmless),
+    ("eval_on_start", Harmless),
+    ("eval_accumulation_steps", Harmless),
+    ("per_device_train_batch_size", Read),
+    ("per_device_eval_batch_size", Harmless),
+    ("gradient_accumulation_steps", Read),
+    ("auto_find_batch_size", Harmless),
+    ("learning_rate", Number("lr")),
+    ("weight_decay", Number("weight_decay")),
+    ("adam_beta1", Number("beta1")),
+    ("adam_beta2", Number("beta2")),
+    ("adam_epsilon", Read),
+    ("max_grad_norm", Number("grad_clip")),
+    ("num_train_epochs", Number("epochs")),
+    ("max_steps", Read),
+    ("lr_scheduler_type", Read),
+    ("lr_scheduler_kwargs", Refused("the schedules have no parameters here; remove it")),
+    ("warmup_ratio", Read),
+    ("warmup_steps", Read),
+    ("optim", Read),
+    ("optim_args", Refused("the optimizer is AdamW; remove it")),
+    ("seed", Number("seed")),
+    ("data_seed", Harmless),
+    ("bf16", Harmless),
+    ("fp16", Harmless),
+    ("tf32", Harmless),
+    ("bf16_full_eval", Harmless),
+    ("fp16_full_eval", Harmless),
+    ("gradient_checkpointing", Harmless),
+    ("gradient_checkpointing_kwargs", Harmless),
+    ("save_strategy", Harmless),
+    ("save_steps", Read),
+    ("save_total_limit", Harmless),
+    ("save_only_model", Harmless),
+    ("save_safetensors", Harmless),
+    ("load_best_model_at_end", Refused("the last step is what is published; remove it")),
+    ("metric_for_best_model", Harmless),
+    ("greater_is_better", Harmless),
+    ("resume_from_checkpoint", Read),
+    ("logging_dir", Harmless),
+    ("logging_strategy", Harmless),
+    ("logging_steps", Harmless),
+    ("logging_first_step", Harmless),
+    ("logging_nan_inf_filter", Harmless),
+    ("log_level", Harmless),
+    ("disable_tqdm", Harmless),
+    ("report_to", Read),
+    ("run_name", Harmless),
+    ("project", Harmless),
+    ("push_to_hub", Ignored(NO_UPLOAD)),
+    ("hub_model_id", Harmless),
+    ("hub_strategy", Harmless),
+    ("hub_token", Harmless),
+    ("hub_private_repo", Harmless),
+    ("neftune_noise_alpha", Refused("noise on embeddings is not available; remove it")),
+    ("label_smoothing_factor", Refused("label smoothing is not available; remove it")),
+    ("group_by_length", Ignored("the order of rows is random and depends on the seed alone")),
+    ("length_column_name", Harmless),
+    ("remove_unused_columns", Harmless),
+    ("dataloader_num_workers", Harmless),
+    ("dataloader_pin_memory", Harmless),
+    ("dataloader_drop_last", Ignored("the last step of an epoch takes the rows that are left")),
+    ("dataloader_prefetch_factor", Harmless),
+    ("torch_compile", Harmless),
+    ("torch_empty_cache_steps", Harmless),
+    ("use_cpu", Harmless),
+    ("ddp_timeout", Harmless),
+    ("ddp_find_unused_parameters", Harmless),
+    ("include_tokens_per_second", Harmless),
+    ("include_num_input_tokens_seen", Harmless),
+    ("deepspeed", Refused(ONE_PROCESS)),
+    ("fsdp", Refused(ONE_PROCESS)),
+    ("fsdp_config", Refused(ONE_PROCESS)),
+    ("full_determinism", Harmless),
+];
+
+/// What transformers and TRL do where a file says nothing.
+const DEFAULTS: &[(&str, f64)] = &[
+    ("epochs", 3.0),
+    ("weight_decay", 0.0),
+    ("grad_clip", 1.0),
+    ("seed", 42.0),
+    ("rank", 16.0),
+    ("alpha", 32.0),
+    ("dropout", 0.05),
+    ("dpo_beta", 0.1),
+];
+
+fn finish(theirs: &Theirs, ours: &mut Translation) {
+    for (key, value) in DEFAULTS {
+        ours.settings.entry(*key).or_insert_with(|| plain(*value));
+    }
+    model(theirs, ours);
+    let preferences = objective(theirs, ours);
+    data(theirs, ours);
+    loss(theirs, preferences, ours);
+    let rows = theirs.number("per_device_train_batch_size").unwrap_or(8.0);
+    let accumulation = theirs.number("gradient_accumulation_steps").unwrap_or(1.0);
+    ours.set("batch_size", plain(rows * accumulation));
+    course(theirs, preferences, ours);
+    let report_to = theirs.list("report_to").unwrap_or_default();
+    if report_to.iter().any(|name| name != "none") {
+        ours.notice(format!("report_to: {NO_TRACKER}"));
+    }
+}
+
+fn model(theirs: &Theirs, ours: &mut Translation) {
+    if let Some(model) = theirs.text("model_name_or_path") {
+        let revision = theirs.text("model_revision").filter(|revision| revision != "main");
+        let at = revision.map_or(String::new(), |revision| format!("@{revision}"));
+        ours.set("model", format!("{model}{at}"));
+    }
+    if theirs.flag("use_peft") != Some(true) {
+        ours.set("method", "full");
+        ours.notice(
+            "use_peft is not true, so every weight is trained, as TRL does; for an adapter write \
+             `use_peft: true`",
+        );
+        return;
+    }
+    ours.set("method", "lora");
+    let targets = theirs.list("lora_target_modules");
+    if targets.is_none() {
+        ours.notice(
+            "lora_target_modules is not set; PEFT takes q_proj and v_proj for these models",
+        );
+    }
+    ours.set("targets", targets.unwrap_or_else(|| vec!["q_proj".to_owned(), "v_proj".to_owned()]));
+}
+
+/// Whether the rows are preferences.
+fn objective(theirs: &Theirs, ours: &mut Translation) -> bool {
+    const ONLY_DPO: &[&str] =
+        &["beta", "precompute_ref_log_probs", "sync_ref_model", "reference_free", "rpo_alpha"];
+    let loss = theirs.list("loss_type").unwrap_or_default();
+    let by_keys = ONLY_DPO.iter().any(|key| theirs.get(key).is_some())
+        || loss.iter().any(|name| name == "sigmoid");
+    let preferences = theirs.objective().map_or(by_keys, |objective| objective == "dpo");
+    for name in &loss {
+        let known: &[&str] = if preferences { &["sigmoid"] } else { &["nll", "chunked_nll"] };
+        if !known.contains(&name.as_str()) {
+            ours.refuse(format!("loss_type: {name} is not available; use {}", known[0]));
+        }
+    }
+    if let Some(name) = theirs.text("f_divergence_type")
+        && name != "reverse_kl"
+    {
+        ours.refuse(format!("f_divergence_type: {name} is not available; use reverse_kl"));
+    }
+    ours.set("objective", if preferences { "dpo" } else { "sft" });
+    preferences
+}
+
+fn data(theirs: &Theirs, ours: &mut Translation) {
+    let train_split = theirs.text("dataset_train_split").filter(|split| split != "train");
+    let source = |path: Value, split: Option<String>| {
+        let mut source = Map::new();
+        source.insert("path".to_owned(), path);
+        source.extend(split.map(|split| ("split".to_owned(), split.into())));
+        Value::Object(source)
+    };
+    if let Some(Value::Array(list)) = theirs.get("datasets") {
+        let mut sources = Vec::new();
+        for entry in list {
+            let path = entry.get("data_files").or_else(|| entry.get("path"));
+            let split = entry.get("split").and_then(Value::as_str).map(str::to_owned);
+            match path {
+                Some(path @ Value::String(_)) => sources.push(source(path.clone(), split)),
+                _ => ours.refuse(format!("datasets: {entry} has no `path`")),
+            }
+        }
+        ours.set("data", sources);
+    } else if let Some(path) = theirs.text("dataset_name") {
+        ours.set("data", source(path.clone().into(), train_split));
+        let strategy = theirs.text("eval_strategy").or_else(|| theirs.text("evaluation_strategy"));
+        let strategy = strategy.unwrap_or_else(|| "no".to_owned());
+        let steps = theirs.number("eval_steps").or_else(|| theirs.number("logging_steps"));
+        if validation("eval_strategy", &strategy, steps, ours) {
+            let split = theirs.text("dataset_test_split").unwrap_or_else(|| "test".to_owned());
+            ours.set("valid", json!({"path": path, "split": split}));
+        }
+    }
+    if let Some(field) = theirs.text("dataset_text_field").filter(|field| field != "text") {
+        ours.set("text_column", field);
+    }
+}
+
+fn loss(theirs: &Theirs, preferences: bool, ours: &mut Translation) {
+    let loss_on = if preferences || theirs.flag("assistant_only_loss") == Some(true) {
+        "assistant"
+    } else {
+        match theirs.flag("completion_only_loss") {
+            Some(true) => "assistant",
+            Some(false) => "all",
+            None => "auto",
+        }
+    };
+    ours.set("loss_on", loss_on);
+    // An explicit null is no limit; the model's context is one all the same.
+    const NO_LIMIT: f64 = 1e9;
+    let key = if theirs.entries().any(|(key, _)| key == "max_seq_length") {
+        "max_seq_length"
+    } else {
+        "max_length"
+    };
+    let given = theirs.entries().any(|(name, _)| name == key);
+    let default = if given { NO_LIMIT } else { 1024.0 };
+    ours.set("max_length", plain(theirs.number(key).unwrap_or(default)));
+    if let Some(mode) = theirs.text("truncation_mode")
+        && mode != "keep_start"
+    {
+        ours.notice(format!(
+            "truncation_mode: {mode} is keep_start here: a long row loses its end"
+        ));
+    }
+    if preferences && theirs.flag("disable_dropout") != Some(false) {
+        ours.set("dropout", 0);
+    }
+}
+
+fn course(theirs: &Theirs, preferences: bool, ours: &mut Translation) {
+    let default = if preferences { 1e-6 } else { 2e-5 };
+    ours.settings.entry("lr").or_insert_with(|| plain(default));
+    // Below 1 the steps are a share, since version 5 of transformers.
+    let (mut ratio, mut steps) = (theirs.number("warmup_ratio").unwrap_or(0.0), 0.0);
+    match theirs.number("warmup_steps") {
+        Some(share) if share > 0.0 && share < 1.0 => ratio = share,
+        Some(number) => steps = number,
+        None => {}
+    }
+    ours.set("warmup_ratio", plain(ratio));
+    ours.set("warmup_steps", plain(steps));
+    let name = theirs.text("lr_scheduler_type").unwrap_or_else(|| "linear".to_owned());
+    schedule("lr_scheduler_type", &name, ours);
+    if let Some(name) = theirs.text("optim") {
+        optimizer("optim", &name, ours);
+    }
+    if let Some(epsilon) = theirs.number("adam_epsilon")
+        && epsilon != 1e-8
+    {
+        ours.refuse(format!("adam_epsilon: {epsilon} is not available; AdamW has 1e-8 here"));
+    }
+    if let Some(steps) = theirs.number("max_steps").filter(|steps| *steps > 0.0) {
+        ours.set("max_steps", plain(steps));
+    }
+    if let Some(steps) = theirs.number("save_steps").filter(|steps| *steps >= 1.0) {
+        ours.set("checkpoint_every", plain(steps));
+    }
+    match theirs.get("resume_from_checkpoint") {
+        Some(Value::Bool(resume)) => ours.set("resume", *resume),
+        Some(Value::String(_)) => {
+            ours.notice("resume_from_checkpoint: a run goes on from its own newest checkpoint");
+            ours.set("resume", true);
+        }
+        _ => {}
+    }
+}

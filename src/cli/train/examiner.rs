@@ -1,0 +1,210 @@
+//! The engine as examiner of a run: it answers validation rows with the adapter as it is, and before
+//! anything is published it must say of held-out rows what training says.
+
+use std::sync::Arc;
+
+use anyhow::{Context, ensure};
+use serde_json::json;
+
+use super::report_page;
+use crate::adapters::{AdapterRegistry, AdapterVersion};
+use crate::data::{Example, Question, epoch_order};
+use crate::engine::{
+    self, EngineConfig, EngineError, EngineHandle, GenerationEvent, GenerationRequest,
+    RequestOptions, SamplingParams,
+};
+use crate::eval::{Arm, EvalReport, Runner, arms::TUNED, graders, report::Metadata};
+use crate::text::{ChatTemplate, Tokenizer};
+use crate::train::{Candidate, Examination, Examiner, Generated, Scored};
+
+/// Memory for keys and values of an examination, in bytes.
+const KV_CACHE_BYTES: usize = 256 << 20;
+/// Requests at once.
+const MAX_NUM_SEQS: usize = 8;
+/// Most tokens of a generated answer.
+const MAX_TOKENS: usize = 128;
+/// Training and serving may differ by so much in the log-probability of a token.
+const MAX_DIFFERENCE: f64 = 1e-3;
+
+/// An engine whenever one is needed, over the base that is trained on.
+pub(in crate::cli) struct EngineExaminer {
+    pub(super) tokenizer: Arc<Tokenizer>,
+    pub(super) template: Arc<ChatTemplate>,
+    /// Of validation rows; of training rows where there are none.
+    pub(super) questions: Vec<Question>,
+    /// Whether these are validation rows.
+    pub(super) held_out: bool,
+}
+
+impl Examiner for EngineExaminer {
+    fn generate(&mut self, candidate: &Candidate<'_>) -> Result<Generated, String> {
+        self.answers(candidate).map_err(|error| format!("{error:#}"))
+    }
+
+    fn examine(&mut self, candidate: &Candidate<'_>) -> Result<Examination, String> {
+        self.look_at(candidate).map_err(|error| format!("{error:#}"))
+    }
+}
+
+impl EngineExaminer {
+    fn answers(&self, candidate: &Candidate<'_>) -> anyhow::Result<Generated> {
+        let served = Served::new(candidate)?;
+        let config = &candidate.job.config;
+        let questions = self.some_questions(config.eval_generate, config.seed);
+        if questions.is_empty() || !self.held_out {
+            return Ok(Generated { num_rows: 0, exact_match: 0.0, f1: 0.0 });
+        }
+        let report = self.ask(&served, &[Arm::Tuned(TUNED.to_owned())], &questions, candidate)?;
+        let score = |name: &str| {
+            graders::position(name).and_then(|index| report.arms[0].scores.get(index)).copied()
+        };
+        Ok(Generated {
+            num_rows: questions.len(),
+            exact_match: score("exact_match").unwrap_or_default(),
+            f1: score("f1").unwrap_or_default(),
+        })
+    }
+
+    fn look_at(&self, candidate: &Candidate<'_>) -> anyhow::Result<Examination> {
+        let mut examination = Examination::default();
+        let mut samples = None;
+        if candidate.adapter.is_some() {
+            let served = Served::new(candidate)?;
+            let (difference, num_tokens) = served.largest_difference(candidate.scored)?;
+            ensure!(
+                difference <= MAX_DIFFERENCE,
+                "served log-probabilities differ from training by up to {difference:.1e} over \
+                 {num_tokens} tokens, more than {MAX_DIFFERENCE:.0e}"
+            );
+            examination.max_difference = (num_tokens > 0).then_some(difference);
+            examination.num_tokens = num_tokens;
+            let config = &candidate.job.config;
+            let questions = self.some_questions(config.samples, config.seed);
+            if !questions.is_empty() {
+                let arms = [Arm::Base, Arm::Tuned(TUNED.to_owned())];
+                samples = Some(self.ask(&served, &arms, &questions, candidate)?);
+            }
+        }
+        examination.card = json!({
+            "parity": {
+                "max_difference": examination.max_difference,
+                "num_tokens": examination.num_tokens,
+            },
+            "golden": samples.as_ref().map_or_else(Vec::new, golden),
+        });
+        let page = report_page::render(candidate, &examination, samples.as_ref(), self.held_out);
+        examination.files.push(("report.html", page));
+        Ok(examination)
+    }
+
+    /// `count` of the rows, the same ones each time, in their order.
+    fn some_questions(&self, count: usize, seed: u64) -> Vec<Question> {
+        let mut chosen = epoch_order(self.questions.len(), seed, 0);
+        chosen.truncate(count);
+        chosen.sort_unstable();
+        chosen.into_iter().map(|index| self.questions[index].clone()).collect()
+    }
+
+    fn ask(
+        &self,
+        served: &Served,
+        arms: &[Arm],
+        questions: &[Question],
+        candidate: &Candidate<'_>,
+    ) -> anyhow::Result<EvalReport> {
+        let mut stop_token_ids = candidate.decoder.config().eos_token_ids.clone();
+        let eos = self.tokenizer.eos_token().and_then(|token| self.tokenizer.token_to_id(token));
+        stop_token_ids.extend(eos.filter(|id| !stop_token_ids.contains(id)));
+        let adapters = [Arc::clone(&served.version)];
+        let runner = Runner {
+            engine: &served.engine,
+            tokenizer: &self.tokenizer,
+            template: &self.template,
+            adapters: &adapters,
+            stop_token_ids: &stop_token_ids,
+            max_tokens: Some(MAX_TOKENS),
+            seed: candidate.job.config.seed,
+            max_pending: None,
+            should_stop: &|| false,
+        };
+        Ok(runner.run(arms, questions, &[], Metadata::default(), &mut |_| {})?)
+    }
+}
+
+/// Questions with the answers that were published with the adapter, so that whoever serves it can see
+/// that it is the same.
+fn golden(report: &EvalReport) -> Vec<serde_json::Value> {
+    let answer = |example: &crate::eval::report::Example| json!({"line": example.line, "prompt": example.question, "answer": example.answers.last()});
+    report.examples.iter().map(answer).collect()
+}
+
+/// An engine with the candidate's adapter, read from its folder as a server reads it.
+struct Served {
+    engine: EngineHandle,
+    version: Arc<AdapterVersion>,
+}
+
+impl Served {
+    fn new(candidate: &Candidate<'_>) -> anyhow::Result<Self> {
+        let dir = candidate.adapter.context("there is no adapter")?;
+        let decoder = candidate.decoder;
+        let registry = AdapterRegistry::new(decoder.config().clone())
+            .with_base_fingerprint(decoder.fingerprint());
+        let (version, _) = registry.load(TUNED, dir, false).context("loading the adapter")?;
+        let mut config = EngineConfig::for_model(decoder.config(), MAX_NUM_SEQS, KV_CACHE_BYTES);
+        // No more than the longest rows and their answers can fill.
+        let job = candidate.job;
+        let sides = job.train.iter().chain(&job.valid).flat_map(Example::sides);
+        let longest = sides.map(|side| side.tokens.len()).max().unwrap_or(0) + MAX_TOKENS;
+        let useful = MAX_NUM_SEQS * longest.div_ceil(config.block_size);
+        config.num_blocks = config.num_blocks.min(useful);
+        Ok(Self { engine: engine::spawn(Arc::clone(decoder), config)?, version })
+    }
+
+    /// Between what training said and what the engine says, and over how many tokens.
+    fn largest_difference(&self, scored: &[Scored<'_>]) -> anyhow::Result<(f64, usize)> {
+        let (mut largest, mut num_tokens) = (0.0_f64, 0);
+        for Scored { example, logprobs } in scored {
+            // A sequence that does not fit into the cache here is not compared.
+            let Some(served) = self.logprobs(&example.tokens)? else { continue };
+            // The first score is the second token's.
+            let trained = example.loss_mask.iter().skip(1).zip(served);
+            let served = trained.filter(|(trained, _)| **trained).map(|(_, logprob)| logprob);
+            for (one, other) in served.zip(logprobs) {
+                let difference = (f64::from(one) - f64::from(*other)).abs();
+                // A NaN must not pass for a small difference.
+                largest = if difference.is_nan() { f64::INFINITY } else { largest.max(difference) };
+                num_tokens += 1;
+            }
+        }
+        Ok((largest, num_tokens))
+    }
+
+    /// Of every token but the first; `None` if there are too many.
+    fn logprobs(&self, tokens: &[u32]) -> anyhow::Result<Option<Vec<f32>>> {
+        let stream = self.engine.generate(GenerationRequest {
+            prompt: tokens.to_vec(),
+            adapter: Some(Arc::clone(&self.version)),
+            sampling: SamplingParams::greedy(),
+            max_tokens: 0,
+            stop_token_ids: Vec::new(),
+            score_prompt: true,
+            options: RequestOptions::default(),
+        });
+        let mut stream = match stream {
+            Err(EngineError::TooLong { .. }) => return Ok(None),
+            other => other?,
+        };
+        let mut logprobs = Vec::new();
+        while let Some(event) = stream.blocking_next() {
+            match event {
+                GenerationEvent::PromptScores(scores) => {
+                    logprobs.extend(scores.iter().map(|score| score.logprob));
+                }
+                GenerationEvent::Failed { message } => anyhow::bail!(message),
+                GenerationEvent::Token { .. } | GenerationEvent::Finished { .. } => {}
+            }
+        }
+        Ok(Some(logprobs))
+    }
+}

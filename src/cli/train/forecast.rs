@@ -1,0 +1,134 @@
+//! What a run will take, before it takes it: memory from sizes, time from two real steps.
+
+use std::{sync::atomic::AtomicBool, time::Duration};
+
+use anyhow::bail;
+use indicatif::HumanDuration;
+
+use crate::cli::memory::{Memory, bytes, peak};
+use crate::data::Example;
+use crate::model::ModelConfig;
+use crate::train::{Method, TrainEvent, TrainJob, rehearse};
+
+/// Steps that are measured.
+const NUM_STEPS: usize = 2;
+/// Sizes of a micro-batch that a budget may choose, in tokens.
+const MICRO_BATCH_TOKENS: &[usize] = &[8192, 4096, 2048, 1024, 512, 256, 128, 64];
+
+/// What the first steps of a run say about the rest of it.
+#[derive(Debug, Default)]
+pub(in crate::cli) struct Forecast {
+    steps_before: usize,
+    total_steps: usize,
+    num_steps: usize,
+    num_tokens: usize,
+    seconds: f64,
+}
+
+impl Forecast {
+    /// Takes in an event. Gives a line once, after the second step.
+    pub(in crate::cli) fn hear(&mut self, event: &TrainEvent) -> Option<String> {
+        match event {
+            TrainEvent::Started { step, total_steps, .. } => {
+                *self = Self { steps_before: *step, total_steps: *total_steps, ..Self::default() };
+                None
+            }
+            TrainEvent::Step { num_tokens, seconds, .. } if self.num_steps < NUM_STEPS => {
+                self.num_steps += 1;
+                self.num_tokens += num_tokens;
+                self.seconds += seconds;
+                let last = self.steps_before + self.num_steps == self.total_steps;
+                (self.num_steps == NUM_STEPS || last).then(|| self.line())
+            }
+            _ => None,
+        }
+    }
+
+    fn line(&self) -> String {
+        let per_step = self.seconds / self.num_steps.max(1) as f64;
+        let speed = self.num_tokens as f64 / self.seconds.max(1e-9);
+        let steps = self.total_steps - self.steps_before;
+        let whole = HumanDuration(Duration::from_secs_f64(per_step * steps as f64));
+        let memory = peak().map_or("unknown".to_owned(), bytes);
+        format!(
+            "measured {} steps: {per_step:.2} s/step, {speed:.0} tokens/s, {whole:#} for {steps} steps \
+             (without validation), memory peak {memory}",
+            self.num_steps
+        )
+    }
+}
+
+/// The run's first steps, measured, and nothing left of them.
+///
+/// # Errors
+/// What a run would meet up to there.
+pub(super) fn dry_run(job: &TrainJob, stop: &AtomicBool) -> anyhow::Result<()> {
+    let mut forecast = Forecast::default();
+    let mut observer = |event: &TrainEvent| {
+        if let TrainEvent::Started { total_steps, num_trained_parameters, .. } = event {
+            println!("would train {num_trained_parameters} parameters in {total_steps} steps");
+        }
+        if let Some(line) = forecast.hear(event) {
+            println!("{line}");
+        }
+    };
+    rehearse(job, NUM_STEPS, &mut observer, stop)?;
+    let sum = |count: fn(&Example) -> usize| job.train.iter().map(count).sum::<usize>();
+    let num_cut = job.train.iter().filter(|example| example.num_lost() > 0).count();
+    println!(
+        "an epoch: {} examples, {} tokens, {} of them trained; {num_cut} examples are cut and lose {} \
+         tokens",
+        job.train.len(),
+        sum(Example::num_tokens),
+        sum(Example::num_trained),
+        sum(Example::num_lost)
+    );
+    println!("dry run: nothing is written to {}", job.config.output.display());
+    Ok(())
+}
+
+/// Chooses `micro_batch_tokens` so that the run fits into `budget` bytes.
+///
+/// # Errors
+/// It does not fit, with the numbers.
+pub(super) fn fit_memory(
+    job: &mut TrainJob,
+    budget: usize,
+    say: &dyn Fn(&str),
+) -> anyhow::Result<()> {
+    let model = ModelConfig::from_dir(&job.model_dir)?;
+    let mut least = None;
+    for &tokens in MICRO_BATCH_TOKENS {
+        job.config.micro_batch_tokens = tokens;
+        let memory = Memory::estimate(&job.model_dir, &model, &job.config, &job.train)?;
+        if memory.total() <= budget as u64 {
+            say(&format!(
+                "memory: micro_batch_tokens {tokens} takes about {} of {}",
+                describe(&memory),
+                bytes(budget as u64)
+            ));
+            return Ok(());
+        }
+        least = Some(memory);
+    }
+    let Some(least) = least else { return Ok(()) };
+    let smaller = match job.config.method {
+        Method::Full => "train an adapter (--method lora), or shorten rows (--max-length)",
+        Method::Lora => "shorten rows (--max-length) or lower --rank",
+    };
+    bail!(
+        "the run does not fit into {}: with one sequence at a time it takes about {}; {smaller}",
+        bytes(budget as u64),
+        describe(&least)
+    )
+}
+
+fn describe(memory: &Memory) -> String {
+    format!(
+        "{} (weights {}, trained parameters {}, activations {})",
+        bytes(memory.total()),
+        bytes(memory.weights),
+        bytes(memory.adapter),
+        bytes(memory.activations)
+    )
+}
