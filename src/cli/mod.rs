@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout)]
 #![allow(rustdoc::broken_intra_doc_links, reason = "help texts write [@revision]")]
 
+mod bench;
 mod bundle;
 mod chat;
 mod check;
@@ -44,6 +45,7 @@ enum Command {
     Merge(merge::MergeArgs),
     Chat(chat::ChatArgs),
     Check(check::CheckArgs),
+    Bench(bench::BenchArgs),
     Pull(pull::PullArgs),
     Health(health::HealthArgs),
     /// Write the sources of the bundled tiny base model and the demo's dataset
@@ -64,6 +66,7 @@ pub fn main() -> ExitCode {
         Command::Merge(args) => merge::run(&args),
         Command::Chat(args) => chat::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Pull(args) => pull::run(&args),
         Command::Health(args) => health::run(&args),
         Command::Bundle(args) => bundle::run(&args),
