@@ -21,6 +21,8 @@ const CACHE_CONFIG: &str = "vllm:cache_config_info";
 const PREEMPTIONS: &str = "vllm:num_preemptions_total";
 const PREFIX_QUERIES: &str = "vllm:prefix_cache_queries_total";
 const PREFIX_HITS: &str = "vllm:prefix_cache_hits_total";
+const DRAFT_TOKENS: &str = "vllm:spec_decode_num_draft_tokens_total";
+const ACCEPTED_TOKENS: &str = "vllm:spec_decode_num_accepted_tokens_total";
 const PROMPT_TOKENS: &str = "vllm:prompt_tokens_total";
 const GENERATION_TOKENS: &str = "vllm:generation_tokens_total";
 const REQUEST_SUCCESS: &str = "vllm:request_success_total";
@@ -227,6 +229,10 @@ pub struct EngineFigures {
     pub prefix_queries: u64,
     /// Those of them that it held.
     pub prefix_hits: u64,
+    /// Tokens guessed since the start.
+    pub draft_tokens: u64,
+    /// Those of them that were right.
+    pub accepted_tokens: u64,
 }
 
 /// Publishes the engine's figures; called once per scrape. Every family exists from the first scrape
@@ -241,6 +247,8 @@ pub fn engine_figures(model: &str, figures: &EngineFigures) {
     counter!(GENERATION_TOKENS, labels.clone()).absolute(figures.generation_tokens);
     counter!(PREFIX_QUERIES, labels.clone()).absolute(figures.prefix_queries);
     counter!(PREFIX_HITS, labels.clone()).absolute(figures.prefix_hits);
+    counter!(DRAFT_TOKENS, labels.clone()).absolute(figures.draft_tokens);
+    counter!(ACCEPTED_TOKENS, labels.clone()).absolute(figures.accepted_tokens);
     counter!(PREEMPTIONS, labels).absolute(figures.preemptions);
     let config = vec![
         Label::new("block_size", figures.block_size.to_string()),

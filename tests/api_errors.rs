@@ -71,7 +71,8 @@ fn a_client_learns_which_field_is_wrong() {
         (json!({"temperature": "hot"}), json!("temperature"), Value::Null),
         (json!({"n": 100}), json!("n"), Value::Null),
         (json!({"messages": []}), json!("messages"), Value::Null),
-        (json!({"logprobs": true}), json!("logprobs"), json!("unsupported_parameter")),
+        (json!({"functions": []}), json!("functions"), json!("unsupported_parameter")),
+        (json!({"top_logprobs": 2}), json!("top_logprobs"), Value::Null),
         (json!({"max_tokens": 100_000}), json!("messages"), json!("context_length_exceeded")),
     ] {
         let response = server.post(CHAT, &chat("tiny-llama", "hi", changes.clone()));

@@ -14,6 +14,7 @@ use std::{
 };
 
 use candle_core::Tensor;
+use proptest::prelude::*;
 use tunesmith::{
     adapters::{AdapterRegistry, AdapterVersion, LoraAdapter, LoraConfig},
     engine::{
@@ -82,12 +83,20 @@ fn config() -> EngineConfig {
     EngineConfig {
         max_num_seqs: 16,
         max_queue: 64,
+        max_queue_tokens: usize::MAX,
+        max_step: Duration::from_millis(250),
+        speculate: 8,
         max_model_len: 128,
         max_batch_tokens: 256,
         block_size: 16,
         num_blocks: 128,
         prefix_cache: true,
     }
+}
+
+/// One thing at a time.
+fn plain() -> EngineConfig {
+    EngineConfig { prefix_cache: false, speculate: 0, ..config() }
 }
 
 fn prompt(seed: usize, len: usize) -> Vec<u32> {
@@ -154,7 +163,7 @@ fn greedy_answers_are_those_of_the_request_alone() {
             let adapter = |i: usize| [None].into_iter().chain(adapters.iter().map(Some)).nth(i % 5);
             (0..16).map(|i| request(prompt(i, 1 + i * 5), 24, adapter(i * 3).flatten())).collect()
         };
-        let cold = alone(&spawn(Arc::clone(&decoder), config()).unwrap(), requests());
+        let cold = alone(&spawn(Arc::clone(&decoder), plain()).unwrap(), requests());
         // The adapters matter: one prompt, five answers.
         let mut answers = alone(
             &spawn(Arc::clone(&decoder), config()).unwrap(),
@@ -170,6 +179,8 @@ fn greedy_answers_are_those_of_the_request_alone() {
             ("one batch", config()),
             ("chunks", EngineConfig { max_batch_tokens: 17, ..config() }),
             ("chunks of a token", EngineConfig { max_batch_tokens: 1, ..config() }),
+            ("short steps", EngineConfig { max_step: Duration::ZERO, ..config() }),
+            ("no guesses", EngineConfig { speculate: 0, ..config() }),
             ("a batch of three", EngineConfig { max_num_seqs: 3, ..config() }),
             ("few blocks", EngineConfig { num_blocks: 20, ..config() }),
         ] {
@@ -177,11 +188,103 @@ fn greedy_answers_are_those_of_the_request_alone() {
             assert_eq!(together(&engine, requests()), cold, "{model}: {what}");
             // Once more, with whatever the cache has kept.
             assert_eq!(together(&engine, requests()), cold, "{model}: {what}, cached");
-            assert!(engine.stats().prefix_hits() > 0, "{model}: {what}");
+            assert!(engine.stats().prefix_hits() > 0 || what == "few blocks", "{model}: {what}");
             assert_eq!(engine.stats().preemptions() > 0, what == "few blocks", "{what}");
             assert_eq!((engine.stats().used_blocks(), engine.num_unfinished()), (0, 0));
         }
     }
+}
+
+/// One request of a random mix: which prompt, how much of it, which adapter.
+#[derive(Debug, Clone)]
+struct Part {
+    family: usize,
+    len: usize,
+    max_tokens: usize,
+    adapter: usize,
+    is_sampled: bool,
+    priority: i32,
+}
+
+fn part() -> impl Strategy<Value = Part> {
+    let shape = (0..3usize, 1..70usize, 1..40usize);
+    (shape, 0..4usize, any::<bool>(), -1..2i32).prop_map(
+        |((family, len, max_tokens), adapter, is_sampled, priority)| Part {
+            family,
+            len,
+            max_tokens,
+            adapter,
+            is_sampled,
+            priority,
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 40, failure_persistence: None, ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn a_random_mix_gets_the_answers_of_each_request_alone(
+        model in 0..MODELS.len(),
+        parts in prop::collection::vec(part(), 2..64),
+        (max_num_seqs, max_batch_tokens, num_blocks) in (1..64usize, 1..300usize, 7..128usize),
+        (speculate, prefix_cache, max_step) in (0..9usize, any::<bool>(), 0..300u64),
+    ) {
+        let decoder = tiny_model(MODELS[model]);
+        let registry = AdapterRegistry::new(decoder.config().clone());
+        let adapters: Vec<_> = (0..3)
+            .map(|seed| random_adapter(&registry, &decoder, &format!("adapter-{seed}"), seed))
+            .collect();
+        let requests = || -> Vec<_> {
+            let made = |part: &Part| {
+                // Repeats itself, so that there is something to guess.
+                let tokens = prompt(part.family, 23).into_iter().cycle().take(part.len).collect();
+                let adapter = adapters.get(part.adapter);
+                let mut request = request(tokens, part.max_tokens, adapter);
+                if part.is_sampled {
+                    request.sampling.temperature = 0.4;
+                    request.sampling.seed = part.len as u64;
+                    request.sampling.frequency_penalty = 0.1;
+                }
+                request.options.priority = part.priority;
+                request
+            };
+            parts.iter().map(made).collect()
+        };
+        let cold = alone(&spawn(Arc::clone(&decoder), plain()).unwrap(), requests());
+        let mixed = EngineConfig {
+            max_num_seqs,
+            max_batch_tokens,
+            num_blocks,
+            speculate,
+            prefix_cache,
+            max_step: Duration::from_millis(max_step),
+            ..config()
+        };
+        let engine = spawn(Arc::clone(&decoder), mixed).unwrap();
+        for _ in 0..2 {
+            prop_assert_eq!(&together(&engine, requests()), &cold);
+            prop_assert_eq!((engine.stats().used_blocks(), engine.num_unfinished()), (0, 0));
+        }
+    }
+}
+
+#[test]
+fn right_guesses_save_steps() {
+    let decoder = tiny_model(MODELS[0]);
+    let steps = |speculate| {
+        let engine = spawn(Arc::clone(&decoder), EngineConfig { speculate, ..plain() }).unwrap();
+        let answer = collect(engine.generate(request(prompt(1, 20), 100, None)).unwrap());
+        let stats = engine.stats();
+        assert!(speculate > 0 || stats.draft_tokens() == 0);
+        (stats.steps(), stats.accepted_tokens(), answer)
+    };
+    let ((plain, _, expected), (guessed, accepted, answer)) = (steps(0), steps(8));
+    assert_eq!(answer, expected);
+    assert_eq!(plain, guessed + accepted);
+    assert!(accepted > 0);
 }
 
 #[test]

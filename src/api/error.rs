@@ -228,7 +228,9 @@ impl IntoResponse for ApiError {
 impl From<EngineError> for ApiError {
     fn from(error: EngineError) -> Self {
         match error {
-            EngineError::QueueFull { .. } => Self::Overloaded(error.to_string()),
+            EngineError::QueueFull { .. } | EngineError::QueueTokensFull { .. } => {
+                Self::Overloaded(error.to_string())
+            }
             EngineError::Draining => Self::Draining,
             EngineError::Stopped => Self::EngineStopped,
             EngineError::EmptyPrompt => Self::invalid("messages", error.to_string()),

@@ -43,6 +43,8 @@ pub(crate) struct ChatRequest {
     pub(crate) cache_salt: Option<String>,
     /// Log-probabilities are wanted, with those of so many most likely tokens.
     pub(crate) logprobs: Option<usize>,
+    /// Lower ones go first.
+    pub(crate) priority: i32,
 }
 
 /// A chat request that the engine can run.
@@ -71,6 +73,7 @@ impl PreparedChat {
             options: RequestOptions {
                 cache_salt: self.cache_salt.clone(),
                 logprobs: self.request.logprobs,
+                priority: self.request.priority,
             },
         }
     }
@@ -137,6 +140,8 @@ fn cache_salt(chosen: Option<&str>, tenant: Tenant) -> Vec<u8> {
 /// 400 naming the first field that is missing, out of range or not supported.
 pub(crate) fn validate(mut wire: ChatCompletionRequest) -> Result<ChatRequest, ApiError> {
     refuse_unsupported(&wire)?;
+    let seed = wire.seed.map_or_else(random_u64, |seed| u64::from_ne_bytes(seed.to_ne_bytes()));
+    let sampling = sampling::valid_sampling(&wire, seed)?;
     let model = wire.model.take().filter(|model| !model.is_empty());
     let model = model.ok_or_else(|| ApiError::invalid("model", "`model` is required"))?;
     let messages =
@@ -154,8 +159,7 @@ pub(crate) fn validate(mut wire: ChatCompletionRequest) -> Result<ChatRequest, A
         (None, limit) => ("max_tokens", limit),
     };
     let max_tokens = limit.map(|n| in_range(limit_name, n, 1, i64::MAX)).transpose()?;
-    let seed = wire.seed.map_or_else(random_u64, |seed| u64::from_ne_bytes(seed.to_ne_bytes()));
-    let sampling = sampling::valid_sampling(&wire, seed)?;
+    let priority = wire.priority.unwrap_or(0);
     let options = wire.stream_options.unwrap_or_default();
     Ok(ChatRequest {
         model,
@@ -169,6 +173,7 @@ pub(crate) fn validate(mut wire: ChatCompletionRequest) -> Result<ChatRequest, A
         max_tokens: max_tokens.map(|n| n as usize),
         stop: valid_stops(wire.stop)?,
         cache_salt: valid_salt(wire.cache_salt)?,
+        priority: in_range("priority", priority, i64::from(i32::MIN), i64::from(i32::MAX))? as i32,
     })
 }
 
@@ -274,6 +279,8 @@ mod tests {
             (json!({"stop": 3}), "stop"),
             (json!({"cache_salt": ""}), "cache_salt"),
             (json!({"cache_salt": 5}), "cache_salt"),
+            (json!({"priority": "high"}), "priority"),
+            (json!({"priority": 2_147_483_648_u32}), "priority"),
             (json!({"stream": "yes"}), "stream"),
             (json!({"stream_options": true}), "stream_options"),
             (json!({"tools": [{"type": "function"}]}), "tools[0]"),

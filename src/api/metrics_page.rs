@@ -63,6 +63,8 @@ fn figures(state: &AppState) -> (EngineFigures, AdapterFigures) {
         preemptions: stats.preemptions(),
         prefix_queries: stats.prefix_queries(),
         prefix_hits: stats.prefix_hits(),
+        draft_tokens: stats.draft_tokens(),
+        accepted_tokens: stats.accepted_tokens(),
     };
     let in_flight = stats.adapters();
     let loaded = state.registry.list();

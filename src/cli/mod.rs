@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout)]
 #![allow(rustdoc::broken_intra_doc_links, reason = "help texts write [@revision]")]
 
+mod bench;
 mod bundle;
 mod chat;
 mod check;
@@ -49,6 +50,7 @@ enum Command {
     Merge(merge::MergeArgs),
     Chat(chat::ChatArgs),
     Check(check::CheckArgs),
+    Bench(bench::BenchArgs),
     Pull(pull::PullArgs),
     Health(health::HealthArgs),
     Files(files::FilesArgs),
@@ -71,6 +73,7 @@ pub fn main() -> ExitCode {
         Command::Merge(args) => merge::run(&args),
         Command::Chat(args) => chat::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Pull(args) => pull::run(&args),
         Command::Health(args) => health::run(&args),
         Command::Files(args) => files::run(&args),

@@ -201,6 +201,15 @@ fn engine_config(args: &ServeArgs, model: &ModelConfig) -> anyhow::Result<Engine
     }
     config.max_queue = args.max_queue.unwrap_or(config.max_queue);
     config.max_batch_tokens = args.max_batch_tokens.unwrap_or(config.max_batch_tokens);
+    config.max_queue_tokens = args.max_queue_tokens.unwrap_or(config.max_queue_tokens);
+    config.max_step = args.max_step_ms.map_or(config.max_step, Duration::from_millis);
+    config.speculate = match args.speculate.as_deref() {
+        None => config.speculate,
+        Some("off") => 0,
+        Some(number) => number.parse().with_context(|| {
+            format!("--speculate {number}: expected a number of tokens, or `off`")
+        })?,
+    };
     config.prefix_cache = args.prefix_cache.unwrap_or(config.prefix_cache);
     Ok(config)
 }

@@ -22,11 +22,13 @@ impl<'a> Batch<'a> {
         for part in plan {
             let sequence = &running[part.index];
             let (row, cached) = (batch.tokens.len(), sequence.num_cached_tokens());
-            let end = row + part.num_tokens;
+            let num_tokens = part.num_tokens + sequence.drafts().len();
+            let end = row + num_tokens;
             // 1. Tokens, positions and blocks.
             batch.tokens.extend(&sequence.tokens()[cached..cached + part.num_tokens]);
+            batch.tokens.extend(sequence.drafts());
             batch.sequences.push(StepSequence {
-                num_tokens: part.num_tokens,
+                num_tokens,
                 num_cached_tokens: cached,
                 block_table: sequence.block_table.blocks(),
             });

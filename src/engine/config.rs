@@ -1,5 +1,7 @@
 //! How much the engine may take on at once.
 
+use std::time::Duration;
+
 use crate::model::{KvCache, ModelConfig};
 
 /// Limits of the engine. Zeros are taken as ones.
@@ -9,10 +11,16 @@ pub struct EngineConfig {
     pub max_num_seqs: usize,
     /// Unfinished requests that are taken on top of `max_num_seqs` before the queue is full.
     pub max_queue: usize,
+    /// Tokens of prompts that may wait; an empty queue takes any prompt.
+    pub max_queue_tokens: usize,
     /// Longest prompt + completion, in tokens.
     pub max_model_len: usize,
     /// Tokens of one step (decode rows first, then prefill chunks).
     pub max_batch_tokens: usize,
+    /// About the longest step while somebody waits for its next token: chunks of prompts are cut to it.
+    pub max_step: Duration,
+    /// Tokens that a step guesses for each sequence, where it can; 0 = none.
+    pub speculate: usize,
     /// Positions of a cache block.
     pub block_size: usize,
     /// Blocks of the cache.
@@ -28,6 +36,12 @@ impl EngineConfig {
     pub const DEFAULT_MAX_NUM_SEQS: usize = 16;
     /// Waiting requests unless told otherwise.
     pub const DEFAULT_MAX_QUEUE: usize = 256;
+    /// Tokens of waiting prompts unless told otherwise.
+    pub const DEFAULT_MAX_QUEUE_TOKENS: usize = 1 << 18;
+    /// Longest step with somebody waiting, unless told otherwise.
+    pub const DEFAULT_MAX_STEP: Duration = Duration::from_millis(250);
+    /// Guessed tokens unless told otherwise.
+    pub const DEFAULT_SPECULATE: usize = 8;
     /// Tokens of a step unless told otherwise.
     pub const DEFAULT_MAX_BATCH_TOKENS: usize = 512;
 
@@ -42,6 +56,9 @@ impl EngineConfig {
         Self {
             max_num_seqs,
             max_queue: Self::DEFAULT_MAX_QUEUE,
+            max_queue_tokens: Self::DEFAULT_MAX_QUEUE_TOKENS,
+            max_step: Self::DEFAULT_MAX_STEP,
+            speculate: Self::DEFAULT_SPECULATE,
             max_model_len: config.max_position_embeddings.min(num_blocks * block_size),
             max_batch_tokens: Self::DEFAULT_MAX_BATCH_TOKENS,
             block_size,

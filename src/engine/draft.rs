@@ -86,8 +86,8 @@ mod tests {
         assert_eq!(look_up(&[2, 3, 4, 2, 3, 5, 2, 3], 1), [5]);
         // No further than the end, and never without two equal tokens.
         assert_eq!(look_up(&[7, 7, 7], 8), [7]);
-        assert_eq!(look_up(&[1, 2, 3, 1], 8), []);
-        assert_eq!(look_up(&[1], 8), []);
+        assert!(look_up(&[1, 2, 3, 1], 8).is_empty());
+        assert!(look_up(&[1], 8).is_empty());
     }
 
     #[test]

@@ -17,6 +17,7 @@ use std::{
 use super::{
     EngineConfig, EngineStats, FinishReason, GenerationEvent,
     batch::Batch,
+    pace::Pace,
     request::{Ending, Farewell, Request, Submission},
     sampler::BadLogits,
     scheduler::Scheduler,
@@ -55,6 +56,7 @@ pub(super) struct Engine<M> {
     scheduler: Scheduler<Request>,
     submissions: mpsc::Receiver<Submission>,
     counts_prefixes: bool,
+    pace: Pace,
     stats: Arc<EngineStats>,
 }
 
@@ -65,8 +67,8 @@ impl<M: StepModel> Engine<M> {
         submissions: mpsc::Receiver<Submission>,
         stats: Arc<EngineStats>,
     ) -> Self {
-        let scheduler = Scheduler::new(config);
-        Self { model, scheduler, submissions, counts_prefixes: config.prefix_cache, stats }
+        let (scheduler, pace) = (Scheduler::new(config), Pace::new(config.max_step));
+        Self { model, scheduler, submissions, counts_prefixes: config.prefix_cache, pace, stats }
     }
 
     /// Runs until no handle is left and every request has ended, or until a step panics.
@@ -108,7 +110,7 @@ impl<M: StepModel> Engine<M> {
 
     fn step(&mut self) -> Result<(), ModelError> {
         // 1. Who runs.
-        let plan = self.scheduler.schedule();
+        let plan = self.scheduler.schedule(self.pace.max_rows());
         self.publish();
         if plan.is_empty() {
             return Ok(());
@@ -118,6 +120,7 @@ impl<M: StepModel> Engine<M> {
             let sequence = &mut self.scheduler.running_mut()[part.index];
             if sequence.request.started.is_none() {
                 sequence.request.started = Some(now);
+                sequence.request.queue_room = None;
                 let num_tokens = sequence.num_prompt_tokens() as u64;
                 let num_cached_tokens = sequence.num_cached_tokens();
                 sequence.request.cached_tokens.store(num_cached_tokens, Relaxed);
@@ -132,6 +135,7 @@ impl<M: StepModel> Engine<M> {
         let batch = Batch::new(&plan, self.scheduler.running());
         let step = batch.step();
         let (logits, num_rows) = (self.model.forward(&step)?, step.logit_rows.len());
+        self.pace.observe(step.tokens.len(), now.elapsed());
         self.stats.steps.fetch_add(1, Relaxed);
         // 3. Each sequence reads its rows.
         let vocab_size = (logits.len() / num_rows.max(1)).max(1);
@@ -141,7 +145,7 @@ impl<M: StepModel> Engine<M> {
             let num_rows = sequence.logit_positions(part.num_tokens).len();
             let rows: Vec<&[f32]> = rows.by_ref().take(num_rows).collect();
             let before = sequence.num_generated_tokens();
-            sequence.request.ending = match advance(sequence, part.num_tokens, &rows) {
+            sequence.request.ending = match advance(sequence, part.num_tokens, &rows, &self.stats) {
                 Ok(reason) => reason.map(Ending::Finished),
                 Err(error) => Some(Ending::Failed(error.to_string())),
             };
@@ -205,7 +209,7 @@ impl<M: StepModel> Engine<M> {
         stats.used_blocks.store(blocks.num_blocks() - blocks.num_free(), Relaxed);
         stats.preemptions.store(self.scheduler.num_preemptions(), Relaxed);
         let running = adapter_names(self.scheduler.running().iter());
-        let waiting = adapter_names(self.scheduler.waiting());
+        let waiting = adapter_names(self.scheduler.waiting().iter());
         stats.set_adapters(&running, &waiting);
     }
 }
@@ -216,11 +220,13 @@ fn advance(
     sequence: &mut Sequence<Request>,
     num_tokens: usize,
     rows: &[&[f32]],
+    stats: &EngineStats,
 ) -> Result<Option<FinishReason>, BadLogits> {
     let samples = sequence.samples_after(num_tokens);
     let positions = sequence.logit_positions(num_tokens);
+    let num_sample_rows = if samples { 1 + sequence.drafts().len() } else { 0 };
     sequence.advance(num_tokens);
-    let (score_rows, sample_row) = rows.split_at(rows.len() - usize::from(samples));
+    let (score_rows, sample_rows) = rows.split_at(rows.len() - num_sample_rows);
     for (position, row) in positions.zip(score_rows) {
         let score = score_token(row, sequence.tokens()[position + 1]).ok_or(BadLogits)?;
         sequence.push_score(score);
@@ -228,19 +234,39 @@ fn advance(
     if let Some(scores) = sequence.take_complete_scores() {
         sequence.request.send(GenerationEvent::PromptScores(scores));
     }
-    let Some(row) = sample_row.first() else {
+    if sample_rows.is_empty() {
         let is_done = sequence.num_remaining_tokens() == 0; // Nothing but scores was wanted.
         return Ok(is_done.then_some(FinishReason::Length));
+    }
+    let mut num_right = 0;
+    let reason = loop {
+        let (id, reason) = sample(sequence, sample_rows[num_right])?;
+        if reason.is_some() || sequence.drafts().get(num_right) != Some(&id) {
+            break reason;
+        }
+        // Guessed right: this step has run it already, and the next row says what follows.
+        sequence.advance(1);
+        num_right += 1;
     };
+    stats.draft_tokens.fetch_add(sequence.drafts().len() as u64, Relaxed);
+    stats.accepted_tokens.fetch_add(num_right as u64, Relaxed);
+    sequence.end_drafts(num_right);
+    Ok(reason)
+}
+
+/// Chooses the next token from `row` and tells it; with the reason, if it is the last one.
+fn sample(
+    sequence: &mut Sequence<Request>,
+    row: &[f32],
+) -> Result<(u32, Option<FinishReason>), BadLogits> {
     let id = sequence.request.sampler.sample(row)?;
     let logprobs = sequence.request.logprobs.and_then(|top| token_logprobs(row, id, top));
     sequence.push(id);
     sequence.request.first_token.get_or_insert_with(Instant::now);
     sequence.request.send(GenerationEvent::Token { id, logprobs: logprobs.map(Box::new) });
-    if sequence.request.stop_token_ids.contains(&id) {
-        return Ok(Some(FinishReason::Stop));
-    }
-    Ok(sequence.is_complete().then_some(FinishReason::Length))
+    let is_stop = sequence.request.stop_token_ids.contains(&id);
+    let is_full = sequence.is_complete().then_some(FinishReason::Length);
+    Ok((id, if is_stop { Some(FinishReason::Stop) } else { is_full }))
 }
 
 fn adapter_names<'a>(sequences: impl Iterator<Item = &'a Sequence<Request>>) -> Vec<&'a str> {

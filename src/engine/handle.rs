@@ -31,6 +31,8 @@ struct Door {
     submissions: mpsc::Sender<Submission>,
     /// Unfinished requests, waiting and running.
     taken: Arc<AtomicUsize>,
+    /// Tokens of the prompts that have not started.
+    waiting_tokens: Arc<AtomicUsize>,
     is_draining: AtomicBool,
     stats: Arc<EngineStats>,
     config: EngineConfig,
@@ -108,6 +110,7 @@ pub(super) fn start(
     let door = Door {
         submissions: sender,
         taken: Arc::default(),
+        waiting_tokens: Arc::default(),
         is_draining: AtomicBool::new(false),
         stats: Arc::clone(&stats),
         config: config.clone(),
@@ -138,10 +141,13 @@ impl EngineHandle {
         }
         self.check(&request)?;
         let limit = self.0.config.max_queue;
-        let slot = Slot::take(&self.0.taken, self.0.config.max_num_seqs.saturating_add(limit))
+        let slot = Slot::take(&self.0.taken, 1, self.0.config.max_num_seqs.saturating_add(limit))
             .ok_or(EngineError::QueueFull { limit })?;
+        let (num_tokens, limit) = (request.prompt.len(), self.0.config.max_queue_tokens);
+        let room = Slot::take(&self.0.waiting_tokens, num_tokens, limit)
+            .ok_or(EngineError::QueueTokensFull { limit })?;
         let root = self.prefix_root(&request);
-        let (submission, events) = Submission::new(request, root, slot);
+        let (submission, events) = Submission::new(request, root, slot, room);
         let cached_tokens = Arc::clone(&submission.request.cached_tokens);
         self.0.submissions.send(submission).map_err(|_| EngineError::Stopped)?;
         Ok(GenerationStream { events, cached_tokens, has_ended: false })

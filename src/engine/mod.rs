@@ -15,9 +15,11 @@ use crate::adapters::AdapterVersion;
 mod batch;
 mod blocks;
 mod config;
+mod draft;
 #[allow(clippy::module_inception)] // The loop; the floor is named after it.
 mod engine;
 mod handle;
+mod pace;
 mod penalties;
 mod prefix;
 mod request;
@@ -26,6 +28,7 @@ mod scheduler;
 mod score;
 mod sequence;
 mod stats;
+mod waiting;
 
 pub use self::{
     config::EngineConfig,
@@ -42,6 +45,12 @@ pub enum EngineError {
     #[error("the queue is full ({limit} requests)")]
     QueueFull {
         /// Requests that may wait (`max_queue`).
+        limit: usize,
+    },
+    /// The prompts that wait have so many tokens together; try again later.
+    #[error("the queue is full ({limit} tokens)")]
+    QueueTokensFull {
+        /// Tokens that may wait (`max_queue_tokens`).
         limit: usize,
     },
     /// [`EngineHandle::drain`] was called.
@@ -100,6 +109,8 @@ pub struct RequestOptions {
     pub cache_salt: Vec<u8>,
     /// With each token, its log-probability and those of so many most likely ones.
     pub logprobs: Option<usize>,
+    /// Lower ones are let in first and lose their blocks last.
+    pub priority: i32,
 }
 
 /// What the engine tells about a request. The last event is always `Finished` or `Failed`.

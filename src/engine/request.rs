@@ -21,22 +21,29 @@ use super::{
 };
 use crate::adapters::AdapterVersion;
 
-/// A place among the requests that the engine takes; dropping it makes room for another.
+/// Room among the requests that the engine takes, or among the tokens that may wait; dropping it makes room
+/// for another.
 #[derive(Debug)]
-pub(super) struct Slot(Arc<AtomicUsize>);
+pub(super) struct Slot {
+    taken: Arc<AtomicUsize>,
+    amount: usize,
+}
 
 impl Slot {
-    /// Takes one of `limit` places, if there is one.
-    pub(super) fn take(taken: &Arc<AtomicUsize>, limit: usize) -> Option<Self> {
-        let next = |count| (count < limit).then_some(count + 1);
+    /// Takes `amount` of `limit`, if it fits. Where nothing is taken, any amount does.
+    pub(super) fn take(taken: &Arc<AtomicUsize>, amount: usize, limit: usize) -> Option<Self> {
+        let next = |count: usize| {
+            let sum = count.saturating_add(amount);
+            (count == 0 || sum <= limit).then_some(sum)
+        };
         taken.fetch_update(AcqRel, Acquire, next).ok()?;
-        Some(Self(Arc::clone(taken)))
+        Some(Self { taken: Arc::clone(taken), amount })
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, AcqRel);
+        self.taken.fetch_sub(self.amount, AcqRel);
     }
 }
 
@@ -61,6 +68,8 @@ pub(super) struct Request {
     /// Prompt tokens that came from the cache, known once it is started.
     pub(super) cached_tokens: Arc<AtomicUsize>,
     pub(super) first_token: Option<Instant>,
+    /// Its tokens' room in the queue, until it starts.
+    pub(super) queue_room: Option<Slot>,
     submitted: Instant,
     events: mpsc::Sender<GenerationEvent>,
     _slot: Slot,
@@ -78,6 +87,7 @@ impl Submission {
         request: GenerationRequest,
         root: Option<BlockKey>,
         slot: Slot,
+        queue_room: Slot,
     ) -> (Self, mpsc::Receiver<GenerationEvent>) {
         // All tokens, the scores and the end: sending never has to wait.
         let (events, receiver) = mpsc::channel(request.max_tokens + 2);
@@ -91,6 +101,7 @@ impl Submission {
             score_prompt: request.score_prompt,
             adapter_key,
             root,
+            priority: request.options.priority,
         };
         let request = Request {
             adapter: request.adapter,
@@ -101,6 +112,7 @@ impl Submission {
             started: None,
             cached_tokens: Arc::default(),
             first_token: None,
+            queue_room: Some(queue_room),
             submitted: Instant::now(),
             events,
             _slot: slot,

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use super::{blocks::BlockTable, prefix::BlockKey, score::TokenScore};
+use super::{blocks::BlockTable, draft::Drafter, prefix::BlockKey, score::TokenScore};
 
 /// What the scheduler needs to know of a new request.
 #[derive(Debug, Clone)]
@@ -18,6 +18,16 @@ pub(super) struct SequenceParams {
     pub(super) adapter_key: usize,
     /// What its blocks depend on besides its tokens; `None`: they are not shared with anybody.
     pub(super) root: Option<BlockKey>,
+    /// Lower ones go first.
+    pub(super) priority: i32,
+}
+
+/// Whose turn it is: by priority, then by age.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Rank {
+    pub(super) priority: i32,
+    /// Number of sequences that came before it.
+    pub(super) age: u64,
 }
 
 /// A prompt and what was generated after it.
@@ -33,6 +43,13 @@ pub(super) struct Sequence<R> {
     keys: Vec<BlockKey>,
     /// Blocks whose content others can find.
     num_named_blocks: usize,
+    drafter: Drafter,
+    /// Guesses at the tokens after the last one, to be run in the next step.
+    drafts: Vec<u32>,
+    pub(super) rank: Rank,
+    pub(super) was_preempted: bool,
+    /// Its part of the step that is being planned.
+    pub(super) num_scheduled_tokens: usize,
     pub(super) adapter_key: usize,
     pub(super) block_table: BlockTable,
     /// What the engine keeps beside it.
@@ -40,7 +57,12 @@ pub(super) struct Sequence<R> {
 }
 
 impl<R> Sequence<R> {
-    pub(super) fn new(params: SequenceParams, block_table: BlockTable, request: R) -> Self {
+    pub(super) fn new(
+        params: SequenceParams,
+        rank: Rank,
+        block_table: BlockTable,
+        request: R,
+    ) -> Self {
         let num_prompt_tokens = params.prompt.len();
         let scores = num_prompt_tokens.saturating_sub(1);
         Self {
@@ -53,6 +75,11 @@ impl<R> Sequence<R> {
             root: params.root.filter(|_| !params.score_prompt),
             keys: Vec::new(),
             num_named_blocks: 0,
+            drafter: Drafter::new(),
+            drafts: Vec::new(),
+            rank,
+            was_preempted: false,
+            num_scheduled_tokens: 0,
             adapter_key: params.adapter_key,
             block_table,
             request,
@@ -93,11 +120,12 @@ impl<R> Sequence<R> {
     }
 
     /// Positions whose logits a step over the next `num_tokens` must return: those that score a
-    /// prompt token not scored yet (position `i` scores token `i + 1`), then the one that is sampled
-    /// from. Always contiguous: sampling follows the last score.
+    /// prompt token not scored yet (position `i` scores token `i + 1`), then those that are sampled
+    /// from: the last one's and its drafts'. Always contiguous: sampling follows the last score.
     pub(super) fn logit_positions(&self, num_tokens: usize) -> Range<usize> {
-        let end = self.num_cached_tokens + num_tokens;
-        let sampled = end - usize::from(self.samples_after(num_tokens));
+        let last = self.num_cached_tokens + num_tokens;
+        let sampled = last - usize::from(self.samples_after(num_tokens));
+        let end = last + self.drafts.len();
         match &self.prompt_scores {
             // After a preemption the positions up to `scores.len()` run again, already scored.
             Some(scores) if scores.len() + 1 < self.num_prompt_tokens => {
@@ -179,6 +207,43 @@ impl<R> Sequence<R> {
         if complete { self.prompt_scores.take() } else { None }
     }
 
+    /// A new step is planned: nothing of the last plan holds any more.
+    pub(super) fn begin_plan(&mut self) {
+        self.num_scheduled_tokens = 0;
+        self.drafts.clear();
+    }
+
+    /// Guesses at most `max_tokens` of the tokens that follow, as far as free blocks hold them; returns how
+    /// many. A step must then run them behind the last token.
+    pub(super) fn draft(&mut self, max_tokens: usize) -> usize {
+        // The step itself yields one token more than it guesses right.
+        let useful = (self.max_tokens - self.num_generated_tokens()).saturating_sub(1);
+        self.drafts = self.drafter.propose(&self.tokens, max_tokens.min(useful));
+        if !self.block_table.reserve(self.tokens.len() + self.drafts.len()) {
+            let room = self.block_table.blocks().len() * self.block_table.block_size();
+            self.drafts.truncate(room - self.tokens.len());
+        }
+        self.drafts.len()
+    }
+
+    /// The guesses that the next step runs.
+    pub(super) fn drafts(&self) -> &[u32] {
+        &self.drafts
+    }
+
+    /// The first `num_right` of the drafts were right.
+    pub(super) fn end_drafts(&mut self, num_right: usize) {
+        self.drafter.learn(self.drafts.len(), num_right);
+        self.drafts.clear();
+    }
+
+    /// Its blocks are needed by others: it waits again.
+    pub(super) fn preempt(&mut self) {
+        self.begin_plan();
+        self.reset_cache();
+        self.was_preempted = true;
+    }
+
     /// Gives the blocks back; every token that the cache does not keep must run again.
     pub(super) fn reset_cache(&mut self) {
         self.num_cached_tokens = 0;
@@ -193,9 +258,16 @@ mod tests {
 
     fn sequence(prompt: usize, max_tokens: usize, score_prompt: bool) -> Sequence<()> {
         let prompt = (0..prompt as u32).collect();
-        let params =
-            SequenceParams { prompt, max_tokens, score_prompt, adapter_key: 0, root: None };
-        Sequence::new(params, BlockManager::new(0, 1).table(), ())
+        let params = SequenceParams {
+            prompt,
+            max_tokens,
+            score_prompt,
+            adapter_key: 0,
+            root: None,
+            priority: 0,
+        };
+        let rank = Rank { priority: 0, age: 0 };
+        Sequence::new(params, rank, BlockManager::new(0, 1).table(), ())
     }
 
     const SCORE: TokenScore = TokenScore { logprob: 0.0, is_argmax: true };

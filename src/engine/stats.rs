@@ -26,6 +26,8 @@ pub struct EngineStats {
     pub(super) generation_tokens: AtomicU64,
     pub(super) prefix_queries: AtomicU64,
     pub(super) prefix_hits: AtomicU64,
+    pub(super) draft_tokens: AtomicU64,
+    pub(super) accepted_tokens: AtomicU64,
     pub(super) preemptions: AtomicU64,
     pub(super) finished: AtomicU64,
     pub(super) failed: AtomicU64,
@@ -80,6 +82,16 @@ impl EngineStats {
     /// Those of them that it held.
     pub fn prefix_hits(&self) -> u64 {
         self.prefix_hits.load(Relaxed)
+    }
+
+    /// Tokens that were guessed, so far.
+    pub fn draft_tokens(&self) -> u64 {
+        self.draft_tokens.load(Relaxed)
+    }
+
+    /// Those of them that were right.
+    pub fn accepted_tokens(&self) -> u64 {
+        self.accepted_tokens.load(Relaxed)
     }
 
     /// Generated tokens so far.

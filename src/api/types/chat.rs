@@ -25,6 +25,7 @@ pub(crate) struct ChatCompletionRequest {
     pub(crate) tools: Option<Vec<Value>>,
     pub(crate) tool_choice: Option<Value>,
     pub(crate) cache_salt: Option<String>,
+    pub(crate) priority: Option<i64>,
     pub(crate) logprobs: Option<bool>,
     pub(crate) top_logprobs: Option<i64>,
     pub(crate) logit_bias: Option<BTreeMap<String, f64>>,

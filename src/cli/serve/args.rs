@@ -87,6 +87,19 @@ pub struct ServeArgs {
     #[arg(long, env = "TUNESMITH_KV_CACHE_MEMORY", value_name = "BYTES")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kv_cache_memory: Option<String>,
+    /// Tokens of prompts that may wait; beyond, clients get 429 [default: 262144]
+    #[arg(long, env = "TUNESMITH_MAX_QUEUE_TOKENS", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_queue_tokens: Option<usize>,
+    /// Milliseconds that a chunk of a long prompt may keep running answers waiting, about [default: 250]
+    #[arg(long, env = "TUNESMITH_MAX_STEP_MS", value_name = "MS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_step_ms: Option<u64>,
+    /// Most tokens to guess from the prompt and check in one pass, or `off`; answers stay the same
+    /// [default: 8]
+    #[arg(long, env = "TUNESMITH_SPECULATE", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub speculate: Option<String>,
     /// Reuse the keys and values of what requests have in common at their beginning [default: true]
     #[arg(long, env = "TUNESMITH_PREFIX_CACHE", value_parser = BoolishValueParser::new())]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -98,6 +98,9 @@ fn config() -> EngineConfig {
     EngineConfig {
         max_num_seqs: 16,
         max_queue: 64,
+        max_queue_tokens: usize::MAX,
+        max_step: Duration::from_millis(250),
+        speculate: 8,
         max_model_len: 128,
         max_batch_tokens: 256,
         block_size: 4,
@@ -272,6 +275,28 @@ fn a_cached_beginning_changes_no_answer_and_only_equals_share_it() {
 }
 
 #[test]
+fn guessed_tokens_change_no_answer_and_are_often_right_where_the_answer_repeats() {
+    // Answers of this model never repeat, but a prompt may hold the answer already.
+    let start = prompt(3, 10);
+    let answer = expected(&start, 40);
+    let held = |seed| [prompt(seed, 5), start.clone(), answer.clone(), prompt(seed, 7)].concat();
+    for speculate in [0, 1, 8] {
+        let engine = engine(EngineConfig { speculate, ..config() }, false);
+        let prompts: Vec<Vec<u32>> = (0..6).map(held).collect();
+        let streams: Vec<_> = prompts
+            .iter()
+            .map(|prompt| engine.handle.generate(request(prompt.clone(), 20)).unwrap())
+            .collect();
+        for (prompt, stream) in prompts.iter().zip(streams) {
+            assert_eq!(collect(stream).tokens, expected(prompt, 20), "{speculate}");
+        }
+        let stats = engine.handle.stats();
+        assert!(stats.accepted_tokens() <= stats.draft_tokens());
+        assert_eq!(speculate == 0, stats.draft_tokens() == 0);
+    }
+}
+
+#[test]
 fn without_the_prefix_cache_every_prompt_is_computed() {
     let engine = engine(EngineConfig { prefix_cache: false, ..config() }, false);
     for _ in 0..2 {
@@ -391,7 +416,11 @@ fn sequences_of_one_adapter_share_a_range_and_the_live_figures_name_it() {
     let engine = engine(EngineConfig { max_num_seqs: 5, ..config() }, true);
     let streams: Vec<_> = adapters
         .into_iter()
-        .map(|adapter| GenerationRequest { adapter, ..request(prompt(1, 7), 3) })
+        .zip([0, 0, 0, 0, 0, 1])
+        .map(|(adapter, priority)| {
+            let options = RequestOptions { priority, ..RequestOptions::default() };
+            GenerationRequest { adapter, options, ..request(prompt(1, 7), 3) }
+        })
         .map(|request| engine.handle.generate(request).unwrap())
         .collect();
     // The first step may have started with fewer; the second has all, and the third waits.
@@ -427,6 +456,21 @@ fn a_full_queue_refuses_and_takes_again_once_a_request_has_ended() {
     for (stream, seed) in streams.into_iter().zip(1..) {
         assert_eq!(collect(stream).tokens, expected(&prompt(seed, 5), 4));
     }
+}
+
+#[test]
+fn tokens_that_wait_are_limited_but_an_empty_queue_takes_any_prompt() {
+    let limits = EngineConfig { max_num_seqs: 1, max_queue_tokens: 50, ..config() };
+    let engine = engine(limits, true);
+    let generate = |seed, len| engine.handle.generate(request(prompt(seed, len), 4));
+    let mut streams = vec![generate(0, 80).unwrap()];
+    eventually("the first one runs", || engine.handle.stats().running() == 1);
+    streams.push(generate(1, 30).unwrap());
+    assert!(matches!(generate(2, 30), Err(EngineError::QueueTokensFull { limit: 50 })));
+    streams.push(generate(3, 20).unwrap());
+    drop(engine.leave);
+    streams.into_iter().for_each(|stream| assert_eq!(collect(stream).tokens.len(), 4));
+    assert_eq!(collect(generate(2, 60).unwrap()).tokens, expected(&prompt(2, 60), 4));
 }
 
 #[test]

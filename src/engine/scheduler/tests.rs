@@ -1,5 +1,7 @@
 //! Random histories on a fake model: the next token is a function of the prompt and the place.
 
+use std::time::Duration;
+
 use proptest::prelude::*;
 
 use super::{super::prefix::BlockKey, *};
@@ -14,6 +16,9 @@ fn config(
     EngineConfig {
         max_num_seqs,
         max_queue: 0,
+        max_queue_tokens: usize::MAX,
+        max_step: Duration::from_millis(250),
+        speculate: 0,
         max_model_len,
         max_batch_tokens,
         block_size,
@@ -24,7 +29,7 @@ fn config(
 
 fn params(prompt: Vec<u32>, max_tokens: usize, adapter_key: usize) -> SequenceParams {
     let root = Some(BlockKey::root("base", Some(&adapter_key.to_string()), b""));
-    SequenceParams { prompt, max_tokens, score_prompt: false, adapter_key, root }
+    SequenceParams { prompt, max_tokens, score_prompt: false, adapter_key, root, priority: 0 }
 }
 
 /// What a model would have in its cache: for each place, the adapter and all tokens up to there.
@@ -35,13 +40,14 @@ impl FakeCache {
         Self(vec![(0, vec![]); config.num_blocks * config.block_size])
     }
 
-    /// Writes the next `num_tokens` of `sequence`, which must find all those before them.
+    /// Writes the next `num_tokens` of `sequence` and its drafts, which must find all those before them.
     fn step(&mut self, sequence: &Sequence<usize>, num_tokens: usize) {
         let (table, cached) = (&sequence.block_table, sequence.num_cached_tokens());
-        for position in 0..cached + num_tokens {
+        let tokens = [sequence.tokens(), sequence.drafts()].concat();
+        for position in 0..cached + num_tokens + sequence.drafts().len() {
             let block = table.blocks()[position / table.block_size()] as usize;
             let slot = &mut self.0[block * table.block_size() + position % table.block_size()];
-            let content = (sequence.adapter_key, sequence.tokens()[..=position].to_vec());
+            let content = (sequence.adapter_key, tokens[..=position].to_vec());
             if position < cached {
                 assert_eq!(*slot, content, "position {position} of {:?}", sequence.tokens());
             } else {
@@ -51,9 +57,11 @@ impl FakeCache {
     }
 }
 
-/// The token that follows `tokens` in these tests.
+/// The token that follows `tokens` in these tests. It repeats itself now and then, so that guesses are
+/// right now and then.
 fn next_token(tokens: &[u32]) -> u32 {
-    tokens.iter().fold(17, |hash: u32, token| hash.wrapping_mul(31).wrapping_add(*token)) % 1000
+    let last = tokens[tokens.len() - 1];
+    (last * 2 + tokens.len() as u32 / 9) % 11
 }
 
 /// Runs the step `plan`; returns the sequences that are complete.
@@ -72,10 +80,21 @@ fn run_with(
             cache.step(sequence, part.num_tokens);
         }
         let samples = sequence.samples_after(part.num_tokens);
+        let positions = sequence.logit_positions(part.num_tokens);
+        assert_eq!(positions.len(), if samples { 1 + sequence.drafts().len() } else { 0 });
         sequence.advance(part.num_tokens);
         if samples {
-            let token = next_token(sequence.tokens());
-            sequence.push(token);
+            let mut num_right = 0;
+            loop {
+                let token = next_token(sequence.tokens());
+                sequence.push(token);
+                if sequence.is_complete() || sequence.drafts().get(num_right) != Some(&token) {
+                    break;
+                }
+                sequence.advance(1);
+                num_right += 1;
+            }
+            sequence.end_drafts(num_right);
         }
     }
     scheduler.remove(Sequence::is_complete)
@@ -87,9 +106,18 @@ fn check_plan(
     plan: &[Scheduled],
     config: &EngineConfig,
     decoding: &[usize],
+    max_mixed_rows: usize,
 ) {
-    let num_tokens: usize = plan.iter().map(|part| part.num_tokens).sum();
-    assert!(num_tokens <= config.max_batch_tokens, "budget: {num_tokens}");
+    let num_drafts = |part: &Scheduled| scheduler.running[part.index].drafts().len();
+    let num_rows: usize = plan.iter().map(|part| part.num_tokens + num_drafts(part)).sum();
+    assert!(num_rows <= config.max_batch_tokens, "budget: {num_rows}");
+    assert!(plan.iter().map(num_drafts).sum::<usize>() <= CHEAP_ROWS);
+    // Beside those who decode, a step has no more rows than it was allowed to.
+    let all_decode =
+        plan.iter().all(|part| decoding.contains(&scheduler.running[part.index].request));
+    assert!(
+        decoding.is_empty() || all_decode || num_rows <= max_mixed_rows.max(decoding.len() + 1)
+    );
     assert!(scheduler.running.len() <= config.max_num_seqs);
     assert_eq!(plan.is_empty(), scheduler.is_idle());
     // Everybody at most once, with tokens that exist and blocks to hold them.
@@ -100,7 +128,7 @@ fn check_plan(
     for part in plan {
         let sequence = &scheduler.running[part.index];
         assert!((1..=sequence.num_remaining_tokens()).contains(&part.num_tokens));
-        let end = sequence.num_cached_tokens() + part.num_tokens;
+        let end = sequence.num_cached_tokens() + part.num_tokens + sequence.drafts().len();
         assert!(sequence.block_table.blocks().len() * config.block_size >= end);
     }
     // Nobody who decodes waits, and the oldest is always there.
@@ -112,9 +140,9 @@ fn check_plan(
     let keys: Vec<usize> =
         plan.iter().map(|part| scheduler.running[part.index].adapter_key).collect();
     assert!(keys.is_sorted(), "{keys:?}");
-    // First come, first served; those who wait hold nothing.
-    let ages = scheduler.running.iter().chain(&scheduler.waiting).map(|sequence| sequence.request);
-    assert!(ages.is_sorted());
+    // By rank; those who wait hold nothing.
+    assert!(scheduler.running.iter().is_sorted_by_key(|sequence| sequence.rank));
+    assert_eq!(scheduler.waiting.iter().count(), scheduler.waiting.len());
     assert!(scheduler.waiting.iter().all(|sequence| sequence.block_table.blocks().is_empty()));
     // No block is lost, and none that is written to is anybody else's.
     let tables = scheduler.running.iter().map(|sequence| sequence.block_table.blocks());
@@ -140,6 +168,7 @@ enum Action {
         prompt: usize,
         max_tokens: usize,
         adapter_key: usize,
+        priority: i32,
     },
     Step,
     Cancel {
@@ -149,9 +178,9 @@ enum Action {
 
 fn action() -> impl Strategy<Value = Action> {
     prop_oneof![
-        4 => (0..3u32, 1..40usize, 1..12usize, 0..3usize).prop_map(
-            |(family, prompt, max_tokens, adapter_key)| {
-                Action::Add { family, prompt, max_tokens, adapter_key }
+        4 => (0..3u32, 1..40usize, 1..12usize, 0..3usize, -1..2i32).prop_map(
+            |(family, prompt, max_tokens, adapter_key, priority)| {
+                Action::Add { family, prompt, max_tokens, adapter_key, priority }
             }
         ),
         6 => Just(Action::Step),
@@ -170,23 +199,28 @@ proptest! {
         max_batch_tokens in 1..48usize,
         block_size in 1..5usize,
         num_blocks in 1..24usize,
+        max_mixed_rows in 0..48usize,
+        speculate in 0..9usize,
         actions in prop::collection::vec(action(), 0..30),
     ) {
-        let config = config(max_num_seqs, max_batch_tokens, block_size, num_blocks);
+        let config = EngineConfig {
+            speculate,
+            ..config(max_num_seqs, max_batch_tokens, block_size, num_blocks)
+        };
         let mut scheduler: Scheduler<usize> = Scheduler::new(&config);
         let mut cache = FakeCache::new(&config);
         // What each sequence must end with; `None`: cancelled.
         let mut expected: Vec<Option<Vec<u32>>> = Vec::new();
         let mut num_ended = 0;
-        let mut num_steps_left = 0; // No later than this many steps from now, everybody has ended.
         let mut step = |scheduler: &mut Scheduler<usize>, expected: &[Option<Vec<u32>>]| {
             let decoding = scheduler.running.iter().filter(|s| s.num_remaining_tokens() == 1);
             let decoding: Vec<usize> = decoding.map(|sequence| sequence.request).collect();
             let preemptions = scheduler.num_preemptions();
-            let plan = scheduler.schedule();
+            let plan = scheduler.schedule(max_mixed_rows);
             // Somebody who lost its blocks may be back in the same step, and then fills up again.
             let none = scheduler.num_preemptions() > preemptions;
-            check_plan(scheduler, &plan, &config, if none { &[] } else { &decoding });
+            let decoding = if none { &[][..] } else { &decoding };
+            check_plan(scheduler, &plan, &config, decoding, max_mixed_rows);
             for sequence in run_with(scheduler, &plan, Some(&mut cache)) {
                 assert_eq!(Some(sequence.tokens()), expected[sequence.request].as_deref());
                 num_ended += 1;
@@ -194,7 +228,7 @@ proptest! {
         };
         for action in actions {
             match action {
-                Action::Add { family, prompt, max_tokens, adapter_key } => {
+                Action::Add { family, prompt, max_tokens, adapter_key, priority } => {
                     if prompt + max_tokens > config.max_sequence_len() {
                         continue;
                     }
@@ -203,10 +237,9 @@ proptest! {
                         (0..prompt as u32).map(|i| i * i % 7 + family * 10).collect();
                     let mut tokens = prompt.clone();
                     (0..max_tokens).for_each(|_| tokens.push(next_token(&tokens)));
-                    // Alone, as the oldest, one token a step would do.
-                    num_steps_left += tokens.len();
                     expected.push(Some(tokens));
-                    scheduler.add(params(prompt, max_tokens, adapter_key), age);
+                    let params = params(prompt, max_tokens, adapter_key);
+                    scheduler.add(SequenceParams { priority, ..params }, age);
                 }
                 Action::Step => step(&mut scheduler, &expected),
                 Action::Cancel { place } => {
@@ -216,6 +249,12 @@ proptest! {
                 }
             }
         }
+        // No later than this many steps from now, everybody has ended: the first in rank needs no more than
+        // a step for each token, and begins anew at most each time that somebody of a better rank comes in.
+        let all = scheduler.running.iter().chain(scheduler.waiting.iter());
+        let lens = all.filter_map(|it| expected[it.request].as_ref()).map(Vec::len);
+        let lens: Vec<usize> = lens.collect();
+        let mut num_steps_left = lens.iter().sum::<usize>() * (lens.len() + 1);
         while !scheduler.is_idle() {
             prop_assert!(num_steps_left > 0, "somebody starves");
             num_steps_left -= 1;
@@ -231,19 +270,19 @@ fn a_long_prompt_does_not_stop_the_others() {
     let config = config(8, 33, 4, 100);
     let mut scheduler = Scheduler::new(&config);
     scheduler.add(params(vec![1; 4], 20, 0), 0);
-    let plan = scheduler.schedule();
+    let plan = scheduler.schedule(usize::MAX);
     run(&mut scheduler, &plan);
     scheduler.add(params(vec![2; 300], 1, 0), 1);
     scheduler.add(params(vec![3; 10], 1, 0), 2);
     // The decode row first; the long prompt takes half of the rest and the short one passes it.
     let parts = [(0, 1), (1, 16), (2, 10)];
     let parts = parts.map(|(index, num_tokens)| Scheduled { index, num_tokens });
-    assert_eq!(scheduler.schedule(), parts);
+    assert_eq!(scheduler.schedule(usize::MAX), parts);
     let ended = run(&mut scheduler, &parts);
     assert_eq!(ended.iter().map(|sequence| sequence.request).collect::<Vec<_>>(), [2]);
     // Alone with the decode row it takes all.
     let parts = [(0, 1), (1, 32)].map(|(index, num_tokens)| Scheduled { index, num_tokens });
-    assert_eq!(scheduler.schedule(), parts);
+    assert_eq!(scheduler.schedule(usize::MAX), parts);
 }
 
 #[test]
@@ -253,19 +292,19 @@ fn the_youngest_gives_its_blocks_to_the_oldest_and_comes_back() {
     let mut scheduler = Scheduler::new(&config);
     scheduler.add(params(vec![1, 2, 3, 4], 3, 0), 0);
     scheduler.add(params(vec![5, 6, 7, 8], 2, 0), 1);
-    let plan = scheduler.schedule();
+    let plan = scheduler.schedule(usize::MAX);
     assert!(run(&mut scheduler, &plan).is_empty());
-    let plan = scheduler.schedule();
+    let plan = scheduler.schedule(usize::MAX);
     assert_eq!(plan, [Scheduled { index: 0, num_tokens: 1 }]);
     assert_eq!(scheduler.num_preemptions(), 1);
-    let preempted = &scheduler.waiting[0];
+    let preempted = scheduler.waiting.iter().next().unwrap();
     assert_eq!((preempted.tokens().len(), preempted.num_cached_tokens()), (5, 0));
     assert!(run(&mut scheduler, &plan).is_empty());
-    let plan = scheduler.schedule();
+    let plan = scheduler.schedule(usize::MAX);
     assert_eq!(run(&mut scheduler, &plan).len(), 1);
     // Prompt and generated token run again in one chunk, but for the block that the cache still has: the
     // other one went to the oldest.
-    assert_eq!(scheduler.schedule(), [Scheduled { index: 0, num_tokens: 3 }]);
+    assert_eq!(scheduler.schedule(usize::MAX), [Scheduled { index: 0, num_tokens: 3 }]);
 }
 
 #[test]
@@ -277,7 +316,7 @@ fn a_common_beginning_is_computed_once_even_by_those_who_come_together() {
     }
     scheduler.add(params(vec![1; 34], 4, 5), 3); // The same tokens under another adapter.
     let mut chunks = Vec::new();
-    while let plan = scheduler.schedule()
+    while let plan = scheduler.schedule(usize::MAX)
         && !plan.is_empty()
     {
         chunks.extend(
@@ -297,6 +336,95 @@ fn adapters_are_neighbours_and_the_base_comes_first() {
     for (age, adapter_key) in [7, 0, 9, 7, 0].into_iter().enumerate() {
         scheduler.add(params(vec![1; 3], 4, adapter_key), age);
     }
-    let order: Vec<usize> = scheduler.schedule().iter().map(|part| part.index).collect();
+    let order: Vec<usize> = scheduler.schedule(usize::MAX).iter().map(|part| part.index).collect();
     assert_eq!(order, [1, 4, 0, 3, 2]);
+}
+
+#[test]
+fn a_prompt_takes_no_more_of_a_step_than_it_may_while_somebody_decodes() {
+    let mut scheduler = Scheduler::new(&config(8, 512, 16, 100));
+    scheduler.add(params(vec![1; 300], 20, 0), 0);
+    // Nobody waits for a token yet.
+    let plan = scheduler.schedule(64);
+    assert_eq!(plan, [Scheduled { index: 0, num_tokens: 300 }]);
+    run(&mut scheduler, &plan);
+    scheduler.add(params(vec![2; 300], 1, 0), 1);
+    for chunk in [63, 63, 63, 63, 48] {
+        let plan = scheduler.schedule(64);
+        assert_eq!(
+            plan,
+            [(0, 1), (1, chunk)].map(|(index, num_tokens)| Scheduled { index, num_tokens })
+        );
+        run(&mut scheduler, &plan);
+    }
+}
+
+#[test]
+fn a_flood_on_one_adapter_delays_the_others_by_one_place_only() {
+    let mut scheduler = Scheduler::new(&config(2, 64, 4, 100));
+    let mut order = Vec::new();
+    let mut step = |scheduler: &mut Scheduler<usize>| {
+        let plan = scheduler.schedule(usize::MAX);
+        order.extend(run(scheduler, &plan).iter().map(|sequence| sequence.request));
+    };
+    (0..40).for_each(|age| scheduler.add(params(vec![age as u32; 6], 5, 7), age));
+    (0..3).for_each(|_| step(&mut scheduler));
+    scheduler.add(params(vec![50; 6], 5, 8), 100);
+    scheduler.add(params(vec![51; 6], 5, 0), 101);
+    scheduler.add(params(vec![52; 6], 5, 8), 102);
+    while !scheduler.is_idle() {
+        step(&mut scheduler);
+    }
+    for (request, latest) in [(100, 4), (101, 5), (102, 10)] {
+        let place = order.iter().position(|it| *it == request).unwrap();
+        assert!(place <= latest, "{request}: {order:?}");
+    }
+}
+
+#[test]
+fn a_lower_priority_number_goes_first_and_keeps_its_blocks() {
+    let config = config(1, 64, 4, 100);
+    let mut scheduler = Scheduler::new(&config);
+    for (age, priority) in [0, 5, -1, 0, -1].into_iter().enumerate() {
+        let params = params(vec![age as u32; 4], 3, age % 2);
+        scheduler.add(SequenceParams { priority, ..params }, age);
+    }
+    let mut order = Vec::new();
+    while !scheduler.is_idle() {
+        let plan = scheduler.schedule(usize::MAX);
+        order.extend(run(&mut scheduler, &plan).iter().map(|sequence| sequence.request));
+    }
+    // Of the two that are left with 0, the one whose adapter got less.
+    assert_eq!(order, [2, 4, 3, 0, 1]);
+
+    // Four blocks, both need a third: the later one has the better number.
+    let mut scheduler = Scheduler::new(&self::config(2, 16, 2, 4));
+    let late = SequenceParams { priority: 1, ..params(vec![1, 2, 3, 4], 3, 0) };
+    scheduler.add(late, 0);
+    scheduler.add(params(vec![5, 6, 7, 8], 2, 0), 1);
+    let plan = scheduler.schedule(usize::MAX);
+    assert!(run(&mut scheduler, &plan).is_empty());
+    let plan = scheduler.schedule(usize::MAX);
+    assert_eq!(run(&mut scheduler, &plan)[0].request, 1);
+    assert_eq!(scheduler.num_preemptions(), 1);
+}
+
+#[test]
+fn guesses_fill_a_step_of_decoding_sequences_and_no_other() {
+    let config = EngineConfig { speculate: 8, ..config(8, 512, 4, 100) };
+    let mut scheduler = Scheduler::new(&config);
+    let repeated: Vec<u32> = (0..40).map(|i| i % 10).collect();
+    scheduler.add(params(repeated.clone(), 30, 0), 0);
+    let plan = scheduler.schedule(usize::MAX);
+    assert!(scheduler.running[0].drafts().is_empty());
+    // The model goes on as the prompt did.
+    scheduler.running_mut()[0].advance(40);
+    scheduler.running_mut()[0].push(0);
+    assert_eq!(plan.len(), 1);
+    scheduler.schedule(usize::MAX);
+    assert_eq!(scheduler.running[0].drafts(), [1, 2, 3, 4, 5, 6, 7, 8]);
+    // A prompt comes, and wants the room.
+    scheduler.add(params(vec![9; 20], 3, 0), 1);
+    scheduler.schedule(usize::MAX);
+    assert!(scheduler.running.iter().all(|sequence| sequence.drafts().is_empty()));
 }
