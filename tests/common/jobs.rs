@@ -11,7 +11,9 @@ use std::{
 use serde_json::{Value, json};
 use tunesmith::{
     adapters::AdapterRegistry,
-    engine::{self, EngineConfig, GenerationEvent, GenerationRequest, SamplingParams},
+    engine::{
+        self, EngineConfig, GenerationEvent, GenerationRequest, RequestOptions, SamplingParams,
+    },
     jobs::{
         Checkpoint, FileRecord, Job, JobEvent, JobStatus, JobsConfig, Parts, Service, Store,
         new_id, unix_seconds,
@@ -161,6 +163,7 @@ impl Workshop {
                 max_tokens: 4,
                 stop_token_ids: Vec::new(),
                 score_prompt: false,
+                options: RequestOptions::default(),
             })
             .unwrap();
         std::iter::from_fn(|| stream.blocking_next())
