@@ -48,7 +48,8 @@ fn a_job_succeeds_and_its_model_answers_at_once() {
     assert!(job.finished_at >= job.started_at && job.estimated_finish.is_none());
     let log = fs::read_to_string(shop.service.path(&record.path).join("events.jsonl")).unwrap();
     let events = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
-    let tokens: u64 = events.filter_map(|event| event["num_tokens"].as_u64()).sum();
+    let steps = events.filter(|event| event["event"] == "step");
+    let tokens: u64 = steps.filter_map(|event| event["num_tokens"].as_u64()).sum();
     assert_eq!(job.trained_tokens, Some(tokens));
 
     // The table: each step once, and validation after each.

@@ -19,7 +19,7 @@ use super::{
     report,
     trainable::Trainable,
     work_dir,
-    workspace::{EVENTS_FILE, Workspace},
+    workspace::{self, EVENTS_FILE, Workspace},
 };
 use crate::adapters::{AdapterCard, LoraAdapter};
 use crate::publish::{publish_dir, sha256_file, sha256_hex};
@@ -63,7 +63,10 @@ pub(super) fn check(job: &TrainJob) -> Result<Option<TrainSummary>, TrainError> 
     if config.output.exists() && !config.overwrite {
         let finished = config.resume.then(|| read_summary(&config.output)).flatten();
         return match finished {
-            Some(summary) => Ok(Some(summary)),
+            Some(summary) => {
+                workspace::sweep(&config.output);
+                Ok(Some(summary))
+            }
             None => Err(TrainError::OutputExists(config.output.clone())),
         };
     }

@@ -92,6 +92,16 @@ impl Workspace {
     }
 }
 
+/// Removes what a process that was killed while it cleared up after its published `output` left behind.
+pub(super) fn sweep(output: &Path) {
+    let (Some(parent), Some(name)) = (output.parent(), output.file_name()) else { return };
+    let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+    if let Err(error) = remove_temporaries(parent, &name.to_string_lossy()) {
+        // It may be just now that the other process goes on with it.
+        tracing::debug!("{}: {error}", output.display());
+    }
+}
+
 /// Removes folders `<name>….tmp-…` in `dir`, which a process that was killed while it published
 /// left behind. The lock says that no living process uses them.
 fn remove_temporaries(dir: &Path, name: &str) -> Result<(), TrainError> {

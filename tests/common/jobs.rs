@@ -15,8 +15,8 @@ use tunesmith::{
         self, EngineConfig, GenerationEvent, GenerationRequest, RequestOptions, SamplingParams,
     },
     jobs::{
-        Checkpoint, FileRecord, Job, JobEvent, JobStatus, JobsConfig, Parts, Service, Store,
-        new_id, unix_seconds,
+        Checkpoint, FileRecord, Job, JobEvent, JobStatus, JobsConfig, NewFile, Parts, Service,
+        Store, new_id, unix_seconds,
     },
     model::{Decoder, WeightMode},
     publish::sha256_hex,
@@ -71,7 +71,8 @@ impl Workshop {
 
     /// Uploads rows.
     pub fn file(&self, rows: &str) -> String {
-        put_file(self.service.store(), &self.service.config().data_dir, rows)
+        let content = self.service.stage_bytes(rows.as_bytes()).unwrap();
+        self.service.add_file(content, NewFile::new("rows.jsonl", "fine-tune")).unwrap().id
     }
 
     /// Creates a job of these hyperparameters.
