@@ -107,24 +107,65 @@ fn read_bandwidth() -> f64 {
     (data.len() * size_of::<u64>()) as f64 / seconds
 }
 
-/// Multiplications and additions a second that all threads do on values in the first-level cache: the
-/// product itself, with so few terms and columns that nothing else counts.
+/// Floating point operations a second that all threads do in registers, where the CPU has AVX-512 or
+/// AVX2; else those of a plain loop.
 fn multiply_add_peak() -> f64 {
-    let (rows, inputs, outputs, times) = (96, 256, 32, 64);
-    let values: Vec<f32> = (0..inputs * outputs).map(noise).collect();
-    let weight = PackedWeight::from_f32(WeightForm::F32, &values, inputs);
-    let x: Vec<f32> = (0..rows * inputs).map(noise).collect();
+    const TURNS: usize = 20_000;
     let threads = rayon::current_num_threads();
+    let mut each = 0;
     let seconds = best_seconds(|| {
-        (0..threads).into_par_iter().with_max_len(1).for_each(|_| {
-            let mut out = vec![0.0; rows * outputs];
-            for _ in 0..times {
-                weight.linear(best(), &x, None, &mut out);
-            }
-            black_box(&out);
-        });
+        let run = |_| register_loop(black_box(TURNS));
+        each = (0..threads).into_par_iter().with_max_len(1).map(run).max().unwrap_or(0);
     });
-    (2 * threads * times * rows * inputs * outputs) as f64 / seconds
+    (threads * each) as f64 / seconds
+}
+
+/// Returns how many operations it did.
+#[allow(unsafe_code, reason = "functions with target features")]
+fn register_loop(turns: usize) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") {
+            // SAFETY: the CPU has the feature.
+            return unsafe { avx512_loop(turns) };
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            // SAFETY: the CPU has the features.
+            return unsafe { avx2_loop(turns) };
+        }
+    }
+    let mut sums = [0.5_f32; 32];
+    for _ in 0..turns {
+        sums.iter_mut().for_each(|sum| *sum = *sum * 0.999 + 0.001);
+    }
+    black_box(sums);
+    turns * 32 * 2
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn avx512_loop(turns: usize) -> usize {
+    use std::arch::x86_64::{_mm512_fmadd_ps, _mm512_set1_ps};
+    let (factor, term) = (_mm512_set1_ps(0.999), _mm512_set1_ps(0.001));
+    let mut sums = [term; 20];
+    for _ in 0..turns {
+        sums.iter_mut().for_each(|sum| *sum = _mm512_fmadd_ps(*sum, factor, term));
+    }
+    black_box(sums);
+    turns * 20 * 16 * 2
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn avx2_loop(turns: usize) -> usize {
+    use std::arch::x86_64::{_mm256_fmadd_ps, _mm256_set1_ps};
+    let (factor, term) = (_mm256_set1_ps(0.999), _mm256_set1_ps(0.001));
+    let mut sums = [term; 12];
+    for _ in 0..turns {
+        sums.iter_mut().for_each(|sum| *sum = _mm256_fmadd_ps(*sum, factor, term));
+    }
+    black_box(sums);
+    turns * 12 * 8 * 2
 }
 
 fn best_seconds(mut run: impl FnMut()) -> f64 {

@@ -95,7 +95,9 @@ fn shrink(
         }
     }
     let sums = &sums[..];
-    for_each_range(sums.len().div_ceil(CHAINS), 1, CHAINS * in_features * LANES, |chunks| {
+    // Short sums in a row are done before another thread is awake: an eighth of the work counts.
+    let work = CHAINS * in_features * LANES / 8;
+    for_each_range(sums.len().div_ceil(CHAINS), 1, work, |chunks| {
         let range = chunks.start * CHAINS..(chunks.end * CHAINS).min(sums.len());
         // SAFETY: each sum has its own row of x, panel of A and place in `hidden`, all long enough.
         unsafe { (kernels.shrink)(&sums[range], in_features) };

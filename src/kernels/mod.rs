@@ -1,7 +1,7 @@
 //! FLOOR 0. Slices in, slices out: the arithmetic of the decoder on the CPU.
 //!
 //! Knows vector instructions and threads. Must never know tensors, models or requests. All
-//! `unsafe` of the crate is here (and in one `mmap` line of the weight reader).
+//! `unsafe` of the crate is here.
 //!
 //! The arithmetic is written once (`product.rs`, `quant_product.rs`, `turned.rs`, `lora.rs`, `gemm.rs`,
 //! `attention.rs`, `rows.rs`), generic over what sixteen lanes are (`simd.rs`); `portable.rs`, `avx2.rs` and `avx512.rs` say that for their instructions.

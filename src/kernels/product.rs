@@ -90,6 +90,9 @@ pub(super) fn tile_height(rows: usize, greatest: usize) -> usize {
     [1, 2, 4, 8].into_iter().find(|height| *height >= rows).unwrap_or(greatest).min(greatest)
 }
 
+/// Elements of tiled rows that a thread may keep.
+const MAX_KEPT: usize = 4 << 20;
+
 thread_local! {
     /// Memory for tiled rows, kept for the next product of the thread.
     static TILED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
@@ -132,7 +135,9 @@ pub(super) fn with_row_tiles(
         }
     });
     body(RowTiles { base: tiled.as_ptr(), terms, is_tiled: true });
-    TILED.set(tiled);
+    if tiled.len() <= MAX_KEPT {
+        TILED.set(tiled);
+    }
 }
 
 /// A rectangle of a product's output.

@@ -106,7 +106,7 @@ impl QuantRows {
                 let height = tile_height(count, tile);
                 let (first, length) = (start * groups, height * groups);
                 // SAFETY: each tile has its own part of the three, which were made long enough.
-                let job = unsafe {
+                let mut job = unsafe {
                     QuantizeTile {
                         x: &x[start * terms..(start + count) * terms],
                         terms,
@@ -120,7 +120,7 @@ impl QuantRows {
                     }
                 };
                 // SAFETY: the table's functions are for this CPU.
-                unsafe { (kernels.quantize)(job) };
+                unsafe { (kernels.quantize)(&mut job) };
             }
         });
     }
@@ -140,7 +140,7 @@ pub(super) struct QuantizeTile<'a> {
 /// # Safety
 /// The CPU has the features of `S`.
 #[inline(always)]
-pub(super) unsafe fn quantize_tile<S: Simd>(tile: QuantizeTile<'_>) {
+pub(super) unsafe fn quantize_tile<S: Simd>(tile: &mut QuantizeTile<'_>) {
     for (i, row) in tile.x.chunks_exact(tile.terms).enumerate() {
         for (group, values) in row.chunks(GROUP).enumerate() {
             let mut padded = [0.0_f32; GROUP];

@@ -20,7 +20,7 @@ pub struct Kernels {
     pub(super) panels_bf16: unsafe fn(&product::PanelTile),
     pub(super) panels_int8: unsafe fn(&quant_product::QuantTile),
     pub(super) panels_int4: unsafe fn(&quant_product::QuantTile),
-    pub(super) quantize: unsafe fn(quant_product::QuantizeTile<'_>),
+    pub(super) quantize: unsafe fn(&mut quant_product::QuantizeTile<'_>),
     pub(super) turn: unsafe fn(turned::TurnTile<'_>),
     pub(super) shrink: unsafe fn(&[lora::ShrinkSum], usize),
     pub(super) expand: unsafe fn(&lora::ExpandTile<'_>),
@@ -54,7 +54,7 @@ macro_rules! kernels_for {
                 = quant_product::quant_tile::<$simd, 8, $quant_many, $wide, $quant_nv>;
             panels_int4(tile: &super::quant_product::QuantTile) -> ()
                 = quant_product::quant_tile::<$simd, 4, $quant_many, $wide, $quant_nv>;
-            quantize(tile: super::quant_product::QuantizeTile<'_>) -> ()
+            quantize(tile: &mut super::quant_product::QuantizeTile<'_>) -> ()
                 = quant_product::quantize_tile::<$simd>;
             turn(tile: super::turned::TurnTile<'_>) -> () = turned::turn_tile::<$simd>;
             shrink(sums: &[super::lora::ShrinkSum], terms: usize) -> ()

@@ -15,7 +15,7 @@ use super::{
     panels::{PackedWeight, WeightForm},
     product::{PanelTile, SUM_BLOCK, with_row_tiles},
     simd::{LANES, Simd, Weight, load_partial},
-    threads::Shared,
+    threads::{MIN_PARALLEL_WORK, Shared},
 };
 
 /// Panels that one task makes and uses.
@@ -136,7 +136,7 @@ fn product(
             }
         };
         let tasks = panels.div_ceil(TASK_PANELS);
-        if rayon::current_num_threads() == 1 || rows * terms * columns < 64 * 1024 {
+        if rayon::current_num_threads() == 1 || rows * terms * columns < MIN_PARALLEL_WORK {
             let mut scratch = Vec::new();
             (0..tasks).for_each(|index| task(&mut scratch, index));
         } else {

@@ -298,6 +298,7 @@ impl Decoder {
 }
 
 /// One of the model's parameters.
+#[derive(Clone, Copy)]
 enum Parameter<'a> {
     Vector(&'a Tensor),
     Matrix(&'a Weight),

@@ -52,7 +52,7 @@ impl SafetensorsFolder {
     pub(in crate::model) fn open(dir: &Path) -> Result<Self, ModelError> {
         let mut folder = Self { tensors: BTreeMap::new(), dir: dir.to_owned() };
         for path in shards(dir)? {
-            folder.open_file(path)?;
+            folder.open_file(&path)?;
         }
         Ok(folder)
     }
@@ -79,10 +79,10 @@ impl SafetensorsFolder {
         ))
     }
 
-    fn open_file(&mut self, path: PathBuf) -> Result<(), ModelError> {
-        let broken = |message: String| ModelError::Weights { path: path.clone(), message };
-        let file = File::open(&path).map_err(ModelError::io(&path))?;
-        let length = file.metadata().map_err(ModelError::io(&path))?.len();
+    fn open_file(&mut self, path: &Path) -> Result<(), ModelError> {
+        let broken = |message: String| ModelError::Weights { path: path.to_owned(), message };
+        let file = File::open(path).map_err(ModelError::io(path))?;
+        let length = file.metadata().map_err(ModelError::io(path))?.len();
         // 1. The header: its length, then JSON.
         let mut prefix = [0; 8];
         file.read_exact_at(&mut prefix, 0).map_err(|_| broken("no safetensors header".into()))?;
@@ -91,7 +91,7 @@ impl SafetensorsFolder {
             return Err(broken(format!("a header of {header_bytes} bytes")));
         }
         let mut header = vec![0; usize::try_from(header_bytes).unwrap_or(0)];
-        file.read_exact_at(&mut header, 8).map_err(ModelError::io(&path))?;
+        file.read_exact_at(&mut header, 8).map_err(ModelError::io(path))?;
         // Reading it checks that the tensors lie one after the other without a gap.
         let metadata: Metadata =
             serde_json::from_slice(&header).map_err(|error| broken(error.to_string()))?;
@@ -114,7 +114,7 @@ impl SafetensorsFolder {
                 }
             };
             let (start, shape) = (data + info.data_offsets.0 as u64, info.shape.clone());
-            let (file, path) = (Arc::clone(&file), path.clone());
+            let (file, path) = (Arc::clone(&file), path.to_owned());
             self.tensors.insert(name, StoredTensor { file, path, start, dtype, shape });
         }
         Ok(())
