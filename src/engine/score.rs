@@ -1,5 +1,8 @@
 //! Teacher forcing: how likely a known next token was.
 
+/// Logits that are looked at together.
+const LANES: usize = 16;
+
 /// Score of a known token given those before it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TokenScore {
@@ -21,16 +24,22 @@ pub struct TokenLogprobs {
 /// The index of the largest logit, the lowest one on ties; `None` if there is a NaN or no finite
 /// maximum.
 pub(super) fn arg_max(logits: &[f32]) -> Option<usize> {
-    let mut best: Option<usize> = None;
-    for (index, logit) in logits.iter().enumerate() {
-        if logit.is_nan() {
-            return None;
-        }
-        if best.is_none_or(|best| *logit > logits[best]) {
-            best = Some(index);
+    // Running maxima side by side, so that the compiler can use vector registers: a vocabulary is long.
+    let mut greatest = [f32::NEG_INFINITY; LANES];
+    let mut has_nan = [false; LANES];
+    let chunks = logits.chunks_exact(LANES);
+    let mut rest = [f32::NEG_INFINITY; LANES];
+    rest[..chunks.remainder().len()].copy_from_slice(chunks.remainder());
+    for chunk in chunks.chain([&rest[..]]) {
+        for lane in 0..LANES {
+            greatest[lane] =
+                if chunk[lane] > greatest[lane] { chunk[lane] } else { greatest[lane] };
+            has_nan[lane] |= chunk[lane].is_nan();
         }
     }
-    best.filter(|&best| logits[best].is_finite())
+    let best = greatest.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    let is_sound = best.is_finite() && !has_nan.contains(&true);
+    logits.iter().position(|&logit| is_sound && logit == best)
 }
 
 /// Log-softmax of `logits` (`[vocab]`) at `token`; `None` if they are not numbers or `token` is outside.
@@ -71,11 +80,19 @@ mod tests {
     #[test]
     fn the_lowest_index_wins_a_tie() {
         assert_eq!(arg_max(&[1.0, 3.0, 3.0, f32::NEG_INFINITY]), Some(1));
+        // Wherever it stands.
+        for best in 0..50 {
+            let logits: Vec<f32> =
+                (0..50).map(|i| if i < best { i as f32 } else { 60.0 }).collect();
+            assert_eq!(arg_max(&logits), Some(best));
+        }
     }
 
     #[test]
     fn rows_without_a_finite_maximum_have_no_arg_max() {
-        for row in [&[][..], &[1.0, f32::NAN], &[f32::NEG_INFINITY; 2], &[0.0, f32::INFINITY]] {
+        let late: Vec<f32> = (0..40).map(|i| if i == 33 { f32::NAN } else { 1.0 }).collect();
+        let short = [&[][..], &[1.0, f32::NAN], &[f32::NEG_INFINITY; 2], &[0.0, f32::INFINITY]];
+        for row in short.into_iter().chain([&late[..]]) {
             assert_eq!(arg_max(row), None, "{row:?}");
         }
     }
