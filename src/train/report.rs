@@ -18,9 +18,9 @@ pub(super) fn spike(
     factor: f64,
     steps: usize,
 ) -> Option<(f64, f64)> {
-    let losses = events.iter().rev().filter_map(|event| match event {
-        TrainEvent::Step { loss, .. } => Some(*loss),
-        _ => None,
+    let losses = events.iter().rev().filter_map(|event| {
+        let TrainEvent::Step { loss, .. } = event else { return None };
+        Some(*loss)
     });
     let newest: Vec<f64> = losses.take(steps + window).collect();
     if steps == 0 || newest.len() < steps + window {
@@ -38,11 +38,11 @@ pub(super) fn spike(
 
 /// Loss and token accuracy of the newest validation over all rows.
 pub(super) fn last_validation(events: &[TrainEvent]) -> Option<(f64, f64)> {
-    events.iter().rev().find_map(|event| match event {
-        TrainEvent::Validated { full: true, loss, token_accuracy, .. } => {
-            Some((*loss, *token_accuracy))
-        }
-        _ => None,
+    events.iter().rev().find_map(|event| {
+        let TrainEvent::Validated { full: true, loss, token_accuracy, .. } = event else {
+            return None;
+        };
+        Some((*loss, *token_accuracy))
     })
 }
 
