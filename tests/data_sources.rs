@@ -229,6 +229,13 @@ fn a_mixture_repeats_and_thins_out_its_sources_by_weight() {
     let text = run("one");
     assert!(text.contains("few.jsonl: weight 3 makes 12 examples of 4"), "{text}");
     assert!(text.contains("many.jsonl: weight 0.5 makes 10 examples of 20"), "{text}");
+    assert!(!text.contains("repeat an earlier one"), "{text}");
+    // The same file twice is as many repeated rows.
+    let twice =
+        ["train", "--config", "run.yaml", "--output", "twice", "--data", "few.jsonl", "--data"];
+    let output = tunesmith(&dir.0, &[&twice[..], &["few.jsonl", "--max-steps", "1"]].concat());
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(said.contains("train: 4 rows repeat an earlier one: line 5 as line 1, "), "{said}");
     let digest =
         |text: &str| text.lines().find(|line| line.starts_with("digest")).map(str::to_owned);
     assert_eq!(digest(&text), digest(&run("two")), "the same seed takes the same rows");

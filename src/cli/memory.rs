@@ -42,11 +42,11 @@ impl Memory {
         // Results of passes that wait to be summed: one per worker.
         let copies = COPIES + if workers > 1 { 2 * workers } else { 0 };
         let tokens = tokens_at_once(config, examples, workers);
-        let rank = if config.method == Method::Lora { config.rank * projections.len() } else { 0 };
+        let adapted = if config.method == Method::Lora { &projections[..] } else { &[] };
         Ok(Self {
             weights,
             adapter: (trained * F32 * copies) as u64,
-            activations: (tokens * per_token(model, rank)) as u64,
+            activations: (tokens * per_token(model, adapted, config.rank)) as u64,
         })
     }
 
@@ -70,17 +70,17 @@ pub(super) fn bytes(number: u64) -> String {
     if mib < 1024.0 { format!("{mib:.1} MiB") } else { format!("{:.1} GiB", mib / 1024.0) }
 }
 
-/// Bytes that the passes hold of a token, in all layers.
-fn per_token(model: &ModelConfig, adapter_ranks: usize) -> usize {
-    /// What the forward pass keeps, and once more for gradients and the parts of sums: measured.
-    const HELD: usize = 2;
+/// Bytes that the passes hold of a token, in all layers, with adapters of rank `rank` on `adapted`.
+fn per_token(model: &ModelConfig, adapted: &[Projection], rank: usize) -> usize {
     let kv = model.num_kv_heads * model.head_dim;
     let queries = model.num_heads * model.head_dim;
     // Two norms, q and k before and after their rotation, v, what comes out of attention, of the two
-    // blocks and of the two residual sums; gate, up, their activation and product; x A of adapters.
-    let layer =
-        6 * model.hidden_size + 3 * queries + 3 * kv + 4 * model.intermediate_size + adapter_ranks;
-    HELD * layer * model.num_layers * F32
+    // blocks and of the two residual sums; gate, up, their activation and product.
+    let layer = 6 * model.hidden_size + 3 * queries + 3 * kv + 4 * model.intermediate_size;
+    // An adapter's x A with its gradient, its update, and the projection's output without it.
+    let outputs = adapted.iter().map(|projection| model.projection_shape(*projection).1);
+    let adapters: usize = outputs.map(|outputs| 2 * (outputs + rank)).sum();
+    (layer + adapters) * model.num_layers * F32
 }
 
 /// The most tokens in backward passes that run at once, over the steps of an epoch.

@@ -83,7 +83,7 @@ impl Encoder<'_> {
         let loss_on = match self.loss_on {
             LossOn::Auto if row.is_completion => LossOn::Assistant,
             LossOn::Auto => LossOn::All,
-            other => other,
+            LossOn::Assistant | LossOn::All => self.loss_on,
         };
         let encoder = Encoder { loss_on, ..*self };
         encoder.encode_body(&row.body, row.line, cuts_freely)

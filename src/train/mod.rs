@@ -158,7 +158,7 @@ pub enum TrainError {
         step: usize,
     },
     /// The examination found that it must not be published.
-    #[error("the adapter after step {step} is not published: {reason}")]
+    #[error("the adapter after step {step} does not pass: {reason}")]
     Examination {
         /// Steps made.
         step: usize,

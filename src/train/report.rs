@@ -18,9 +18,9 @@ pub(super) fn spike(
     factor: f64,
     steps: usize,
 ) -> Option<(f64, f64)> {
-    let losses = events.iter().rev().filter_map(|event| match event {
-        TrainEvent::Step { loss, .. } => Some(*loss),
-        _ => None,
+    let losses = events.iter().rev().filter_map(|event| {
+        let TrainEvent::Step { loss, .. } = event else { return None };
+        Some(*loss)
     });
     let newest: Vec<f64> = losses.take(steps + window).collect();
     if steps == 0 || newest.len() < steps + window {

@@ -103,7 +103,9 @@ impl DataReader<'_> {
         let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         set.files.push(DataSource { role, file, sha256, num_rows: rows.len() });
         self.describe(path, &examples);
-        set.rows.extend(rows);
+        // Lines of several files are counted on, so that each means one row.
+        let lines_before = set.rows.last().map_or(0, |row| row.line);
+        set.rows.extend(rows.into_iter().map(|row| Row { line: row.line + lines_before, ..row }));
         Ok(examples)
     }
 

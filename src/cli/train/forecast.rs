@@ -28,20 +28,18 @@ pub(in crate::cli) struct Forecast {
 impl Forecast {
     /// Takes in an event. Gives a line once, after the second step.
     pub(in crate::cli) fn hear(&mut self, event: &TrainEvent) -> Option<String> {
-        match event {
-            TrainEvent::Started { step, total_steps, .. } => {
-                *self = Self { steps_before: *step, total_steps: *total_steps, ..Self::default() };
-                None
-            }
-            TrainEvent::Step { num_tokens, seconds, .. } if self.num_steps < NUM_STEPS => {
-                self.num_steps += 1;
-                self.num_tokens += num_tokens;
-                self.seconds += seconds;
-                let last = self.steps_before + self.num_steps == self.total_steps;
-                (self.num_steps == NUM_STEPS || last).then(|| self.line())
-            }
-            _ => None,
+        if let TrainEvent::Started { step, total_steps, .. } = event {
+            *self = Self { steps_before: *step, total_steps: *total_steps, ..Self::default() };
         }
+        let TrainEvent::Step { num_tokens, seconds, .. } = event else { return None };
+        if self.num_steps == NUM_STEPS {
+            return None;
+        }
+        self.num_steps += 1;
+        self.num_tokens += num_tokens;
+        self.seconds += seconds;
+        let last = self.steps_before + self.num_steps == self.total_steps;
+        (self.num_steps == NUM_STEPS || last).then(|| self.line())
     }
 
     fn line(&self) -> String {

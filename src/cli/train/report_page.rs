@@ -27,7 +27,7 @@ pub(super) fn render(
     if let Some(difference) = examination.max_difference {
         let _ = writeln!(
             page,
-            "<p>Serving says what training says: the log-probabilities of {} held-out tokens differ by \
+            "<p>Serving says what training says: the log-probabilities of {} tokens differ by \
              at most {difference:.1e}.</p>",
             examination.num_tokens
         );
@@ -45,16 +45,16 @@ pub(super) fn render(
 
 /// The last losses in a sentence.
 fn outcome(events: &[TrainEvent]) -> String {
-    let last = events.iter().rev().find_map(|event| match event {
-        TrainEvent::Step { step, loss, .. } => Some(format!("{step} steps, last loss {loss:.4}")),
-        _ => None,
+    let last = events.iter().rev().find_map(|event| {
+        let TrainEvent::Step { step, loss, .. } = event else { return None };
+        Some(format!("{step} steps, last loss {loss:.4}"))
     });
-    let valid = events.iter().rev().find_map(|event| match event {
-        TrainEvent::Validated { full: true, loss, token_accuracy, .. } => Some(format!(
-            ", validation loss {loss:.4}, validation accuracy {:.1} %",
-            token_accuracy * 100.0
-        )),
-        _ => None,
+    let valid = events.iter().rev().find_map(|event| {
+        let TrainEvent::Validated { full: true, loss, token_accuracy, .. } = event else {
+            return None;
+        };
+        let accuracy = token_accuracy * 100.0;
+        Some(format!(", validation loss {loss:.4}, validation accuracy {accuracy:.1} %"))
     });
     format!("{}{}.", last.unwrap_or_else(|| "No steps".to_owned()), valid.unwrap_or_default())
 }
@@ -111,13 +111,13 @@ fn settings(page: &mut String, candidate: &Candidate<'_>) {
 }
 
 fn table(page: &mut String, headings: &[&str], rows: impl FnOnce(&mut String)) {
-    page.push_str("<table><thead><tr>");
+    page.push_str("<div class=\"scroll\"><table class=\"answers\"><thead><tr>");
     for heading in headings {
         let _ = write!(page, "<th>{}</th>", escape(heading));
     }
     page.push_str("</tr></thead><tbody>\n");
     rows(page);
-    page.push_str("</tbody></table>\n");
+    page.push_str("</tbody></table></div>\n");
 }
 
 fn row<'a>(page: &mut String, cells: impl IntoIterator<Item = &'a str>) {

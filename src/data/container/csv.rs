@@ -1,4 +1,8 @@
 //! Comma- or tab-separated values whose first line names the columns, quoted as RFC 4180 has it.
+#![allow(
+    clippy::wildcard_enum_match_arm,
+    reason = "other problems are said in the crate's own words"
+)]
 
 use csv::{ReaderBuilder, StringRecord};
 use serde_json::Map;

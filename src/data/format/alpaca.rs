@@ -1,5 +1,6 @@
 //! Alpaca's rows: `instruction`, `input` and `output`, and beside them `system` and a `history` of
 //! earlier questions and answers. They become a conversation.
+#![allow(clippy::wildcard_enum_match_arm, reason = "JSON will have no more than its six kinds")]
 
 use serde_json::{Map, Value, json};
 

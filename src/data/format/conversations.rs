@@ -1,5 +1,6 @@
 //! ShareGPT's conversations: turns with `from` and `value`, and beside them `system` and `tools`.
 //! Turns with `role` and `content` are taken as messages.
+#![allow(clippy::wildcard_enum_match_arm, reason = "JSON will have no more than its six kinds")]
 
 use serde_json::{Map, Value, json};
 
@@ -36,7 +37,7 @@ const CALL_ID: &str = "call00000";
 
 fn parse(mut row: Map<String, Value>, problems: &mut Problems) -> Option<RowBody> {
     let turns = row.remove("conversations").unwrap_or_default();
-    let messages = messages(turns, row.remove("system"), problems)?;
+    let messages = messages(turns, row.remove("system").as_ref(), problems)?;
     row.insert("messages".to_owned(), messages.into());
     openai_chat::parse(row, problems)
 }
@@ -44,7 +45,7 @@ fn parse(mut row: Map<String, Value>, problems: &mut Problems) -> Option<RowBody
 /// A list of turns as messages, `system` first.
 pub(super) fn messages(
     turns: Value,
-    system: Option<Value>,
+    system: Option<&Value>,
     problems: &mut Problems,
 ) -> Option<Vec<Value>> {
     let Value::Array(turns) = turns else {
@@ -52,7 +53,7 @@ pub(super) fn messages(
         problems.add("missing_messages_list", message);
         return None;
     };
-    let mut messages: Vec<Value> = system_message(system.as_ref()).into_iter().collect();
+    let mut messages: Vec<Value> = system_message(system).into_iter().collect();
     for (index, turn) in turns.into_iter().enumerate() {
         messages.push(message(turn, index + 1, problems));
     }

@@ -6,6 +6,7 @@
 //!
 //! Either side becomes the row that it would be alone, prompt and answer, so that all that is true of
 //! ordinary rows (how they are rendered, what is trained) is true of each side.
+#![allow(clippy::wildcard_enum_match_arm, reason = "JSON will have no more than its six kinds")]
 
 use serde_json::{Map, Value, json};
 
@@ -107,7 +108,7 @@ fn foreign_prompt(
     problems: &mut Problems,
 ) -> Option<Option<Vec<Value>>> {
     if let Some(turns) = row.remove("conversations") {
-        return Some(conversations::messages(turns, row.remove("system"), problems));
+        return Some(conversations::messages(turns, row.remove("system").as_ref(), problems));
     }
     row.contains_key("instruction").then(|| alpaca::question(row, problems))
 }
