@@ -120,6 +120,7 @@ impl Places {
             epoch_dir: Some(self.epochs()),
             keep_epochs: KEEP_EPOCHS,
             parity_examples: PARITY_EXAMPLES,
+            samples: 0,
             checkpoint_every: CHECKPOINT_EVERY,
             checkpoint_seconds: CHECKPOINT_SECONDS,
             ..default
