@@ -238,8 +238,10 @@ impl Choice {
         events.extend(self.events(rest));
         let reason = match end {
             RequestEnd::Length => "length",
-            _ if self.num_calls > 0 => "tool_calls",
-            _ => "stop",
+            RequestEnd::Stop | RequestEnd::Abort | RequestEnd::Error if self.num_calls > 0 => {
+                "tool_calls"
+            }
+            RequestEnd::Stop | RequestEnd::Abort | RequestEnd::Error => "stop",
         };
         self.record.end = end;
         let completion_tokens = self.record.completion_tokens;

@@ -1,6 +1,9 @@
 //! Why the service cannot do what it was asked.
 
-use std::{io, path::PathBuf};
+use std::{
+    io::{self, ErrorKind},
+    path::PathBuf,
+};
 
 use super::StoreError;
 use crate::adapters::AdapterError;
@@ -75,12 +78,10 @@ impl JobsError {
     /// `source` at `path`; a full disk is its own kind.
     #[must_use]
     pub fn file(path: impl Into<PathBuf>, source: io::Error) -> Self {
-        match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                Self::NoSpace("the disk is full".to_owned())
-            }
-            _ => Self::File { path: path.into(), source },
+        if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) {
+            return Self::NoSpace("the disk is full".to_owned());
         }
+        Self::File { path: path.into(), source }
     }
 }
 

@@ -133,7 +133,7 @@ fn pass(service: &Service, agent: &Agent) -> Result<Duration, JobsError> {
             break;
         }
         let result = attempt(service, agent, &due);
-        settle(service, due, result)?;
+        settle(service, due, &result)?;
     }
     let left = service.store.list(&everything(), |_: &Delivery| true)?.records;
     let next = left.iter().map(|delivery| delivery.next_at).min();
@@ -145,10 +145,10 @@ fn pass(service: &Service, agent: &Agent) -> Result<Duration, JobsError> {
 fn settle(
     service: &Service,
     mut delivery: Delivery,
-    result: Result<(), String>,
+    result: &Result<(), String>,
 ) -> Result<(), StoreError> {
     let (url, event, job) = (&delivery.url, &delivery.event, &delivery.job_id);
-    let again = match &result {
+    let again = match result {
         Ok(()) => {
             tracing::debug!("{url} took {event} of {job}");
             None

@@ -295,7 +295,7 @@ mod tests {
             let events: Vec<_> = losses.iter().zip(1..).map(|(loss, n)| step(n, *loss)).collect();
             (1..=events.len()).filter(|n| spike(&events[..*n], 20, 3.0, 3).is_some()).collect()
         };
-        let calm = vec![1.0; 20];
+        let calm = [1.0; 20];
         assert_eq!(told(&[&calm[..], &[3.5, 3.5, 3.5, 3.5, 3.5]].concat()), [23]);
         assert_eq!(told(&[&calm[..], &[3.5, 3.5, 1.0, 3.5]].concat()), [0; 0]);
         assert_eq!(told(&[9.0, 9.0, 9.0]), [0; 0], "too few steps to know");

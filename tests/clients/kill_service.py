@@ -80,6 +80,16 @@ def status(job):
     return json.loads(call("GET", f"/v1/fine_tuning/jobs/{job}"))
 
 
+def events(job):
+    path, after = f"/v1/fine_tuning/jobs/{job}/events?limit=100", ""
+    while True:
+        page = json.loads(call("GET", path + after))
+        yield from page["data"]
+        if not page["has_more"]:
+            return
+        after = f"&after={page['data'][-1]['id']}"
+
+
 def adapter_hash(job):
     path = folder / "data/jobs" / job / "model/adapter_model.safetensors"
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -143,11 +153,8 @@ while sum(kills.values()) < wanted_kills:
     same = job["status"] == "succeeded" and adapter_hash(jobs[-1]) == expected
     print(f"{kills}: {job['status']}, {'the same' if same else 'ANOTHER'} adapter", flush=True)
     assert same, (jobs[-1], job["error"])
-    steps = set()
-    for event in json.loads(call("GET", f"/v1/fine_tuning/jobs/{jobs[-1]}/events?limit=1000"))["data"]:
-        if event["type"] == "metrics" and "train_loss" in (event["data"] or {}):
-            assert event["data"]["step"] not in steps, ("a step twice", event)
-            steps.add(event["data"]["step"])
+    steps = [event["data"]["step"] for event in events(jobs[-1]) if event["type"] == "metrics"]
+    assert len(steps) == len(set(steps)), f"a step twice: {sorted(steps)}"
 
 for file, data in acknowledged.items():
     assert call("GET", f"/v1/files/{file}/content") == data, file

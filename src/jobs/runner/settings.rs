@@ -18,7 +18,7 @@ const VALIDATIONS_PER_EPOCH: u64 = 10;
 pub(super) const KEEP_EPOCHS: usize = 3;
 /// Steps, and seconds, that a crash may cost.
 const CHECKPOINT_EVERY: usize = 100;
-const CHECKPOINT_SECONDS: u64 = 60;
+const CHECKPOINT_SECONDS: u64 = 20;
 
 /// Where a job's process finds and leaves things.
 pub(super) struct Places {
