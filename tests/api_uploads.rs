@@ -1,5 +1,6 @@
 //! Uploads in parts: a file is made of all of them in their order, or not at all.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
+#![allow(clippy::needless_pass_by_value, reason = "`json!` makes values")]
 
 mod common;
 
