@@ -468,7 +468,7 @@ impl Drop for SmallDisk {
 #[test]
 fn a_full_disk_refuses_uploads_and_nothing_else_and_recovers() {
     let Some(disk) = SmallDisk::new(8) else {
-        println!("skipped: no tmpfs may be mounted here");
+        eprintln!("skipped: no tmpfs may be mounted here");
         return;
     };
     let data = disk.0.join("data");

@@ -1,4 +1,6 @@
 //! Requests for jobs that cannot be: each is refused with the field that is wrong, and nothing is stored.
+#![allow(clippy::needless_pass_by_value, reason = "`json!` makes values")]
+#![allow(clippy::too_many_lines, reason = "a table")]
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;

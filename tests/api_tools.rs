@@ -1,4 +1,5 @@
 //! Tools: rows that call them are trained, and what the tuned model writes reaches the client as calls.
+#![allow(clippy::needless_pass_by_value, reason = "`json!` makes values")]
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;

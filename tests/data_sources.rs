@@ -174,7 +174,7 @@ fn conversations_and_instructions_become_messages() {
         let RowBody::Preference { chosen, rejected } = &rows[0].body else { panic!("{row}") };
         let [chosen, rejected] = [chosen, rejected].map(|side| match &**side {
             RowBody::Chat { messages, .. } => messages.clone(),
-            _ => panic!("{row}"),
+            RowBody::PromptCompletion { .. } | RowBody::Preference { .. } => panic!("{row}"),
         });
         let answer = |text: &str| {
             vec![

@@ -1,5 +1,7 @@
 //! What a finished job learns about itself: base and tuned model on its validation file, and whether
 //! the gate lets its alias move.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+#![allow(clippy::needless_pass_by_value, reason = "`json!` makes values")]
 
 mod common;
 
