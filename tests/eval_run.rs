@@ -178,6 +178,10 @@ fn a_short_queue_changes_no_answer() {
     };
     assert_eq!(answers(&wide), answers(&narrow));
     assert_eq!(wide.comparisons, narrow.comparisons);
+    // Full by the tokens of the prompts that wait, not by their number.
+    let shallow = setup.engine(|config| (config.max_num_seqs, config.max_queue_tokens) = (1, 1));
+    let (shallow, _) = setup.evaluate(&shallow, "base,tuned");
+    assert_eq!(answers(&wide), answers(&shallow));
     assert!(answers(&wide).iter().any(|row| row[0] != row[1]), "the adapter changes answers");
 }
 

@@ -82,6 +82,14 @@ pub enum EngineError {
     Start(String),
 }
 
+impl EngineError {
+    /// Whether every place is taken, by requests or by their tokens: the same may be taken later.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::QueueFull { .. } | Self::QueueTokensFull { .. })
+    }
+}
+
 /// A valid request: token ids in, token ids out.
 #[derive(Clone)]
 pub struct GenerationRequest {

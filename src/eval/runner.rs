@@ -194,7 +194,7 @@ impl Evaluation<'_> {
                 }
                 let stream = loop {
                     match self.submit(task, arm, row) {
-                        Err(EngineError::QueueFull { .. }) => match running.pop_front() {
+                        Err(error) if error.is_full() => match running.pop_front() {
                             Some(first) => finish(first)?,
                             // Full of others' requests, which end without our help.
                             None if (self.runner.should_stop)() => return Err(EvalError::Stopped),

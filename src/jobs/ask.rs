@@ -86,7 +86,7 @@ impl<'a> Asker<'a> {
             }
             match self.service.parts.engine.generate(request.clone()) {
                 Ok(stream) => return Ok(stream),
-                Err(EngineError::QueueFull { .. }) => thread::sleep(RETRY),
+                Err(error) if error.is_full() => thread::sleep(RETRY),
                 Err(EngineError::Draining | EngineError::Stopped) => return Err(interrupted()),
                 Err(error) => return Err(other(error.to_string())),
             }

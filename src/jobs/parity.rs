@@ -117,7 +117,7 @@ fn submit(
             Ok(stream) => return Ok(Some(stream)),
             Err(EngineError::TooLong { .. } | EngineError::EmptyPrompt) => return Ok(None),
             // Others' requests end without our help; they come first.
-            Err(EngineError::QueueFull { .. }) if !service.is_stopping() => {
+            Err(error) if error.is_full() && !service.is_stopping() => {
                 std::thread::sleep(PATIENCE);
             }
             Err(error) => return Err(error.to_string()),
