@@ -18,9 +18,9 @@ use super::{
     generation::{PreparedChat, prepare_chat, random_u64},
     resolve::version_label,
     sse,
-    state::unix_seconds,
     types::chat::{ChatChoice, ChatCompletion, ChatMessage, Logprobs, ToolCallObject},
 };
+use crate::jobs::unix_seconds;
 use crate::telemetry;
 
 const ADAPTER_VERSION: HeaderName = HeaderName::from_static("x-adapter-version");

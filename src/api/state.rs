@@ -3,7 +3,7 @@
 use std::{
     collections::HashSet,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::Duration,
 };
 
 use tokio::sync::{Semaphore, watch};
@@ -11,7 +11,7 @@ use tokio::sync::{Semaphore, watch};
 use super::{auth::ApiKeys, error::ApiError, jail::AdapterRoots, metrics_page::MetricsPage};
 use crate::adapters::AdapterRegistry;
 use crate::engine::EngineHandle;
-use crate::jobs::Service;
+use crate::jobs::{Service, unix_seconds};
 use crate::text::{ChatTemplate, Tokenizer};
 
 /// What the operator decided.
@@ -186,9 +186,4 @@ impl AppState {
     fn detached_names(&self) -> MutexGuard<'_, HashSet<String>> {
         self.detached.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Now, in whole unix seconds.
-pub(crate) fn unix_seconds() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs())
 }

@@ -6,7 +6,7 @@ use anyhow::Context;
 
 use super::pull::PullDisplay;
 use crate::hub;
-use crate::model::{Decoder, WeightMode};
+use crate::model::{Decoder, ModelConfig, WeightMode};
 use crate::text::{ChatTemplate, Tokenizer};
 
 /// A model folder's parts, loaded.
@@ -20,11 +20,16 @@ pub(super) struct LoadedModel {
 impl LoadedModel {
     /// Tokens that end an answer: the model's end-of-sequence ids and the tokenizer's own.
     pub(super) fn stop_token_ids(&self) -> Vec<u32> {
-        let mut ids = self.decoder.config().eos_token_ids.clone();
-        let eos = self.tokenizer.eos_token().and_then(|token| self.tokenizer.token_to_id(token));
-        ids.extend(eos.filter(|id| !ids.contains(id)));
-        ids
+        stop_token_ids(self.decoder.config(), &self.tokenizer)
     }
+}
+
+/// Tokens that end an answer: the model's end-of-sequence ids and the tokenizer's own.
+pub(super) fn stop_token_ids(model: &ModelConfig, tokenizer: &Tokenizer) -> Vec<u32> {
+    let mut ids = model.eos_token_ids.clone();
+    let eos = tokenizer.eos_token().and_then(|token| tokenizer.token_to_id(token));
+    ids.extend(eos.filter(|id| !ids.contains(id)));
+    ids
 }
 
 /// `M` of every command: a local folder, or `owner/name[@revision]` on the Hub, which is downloaded

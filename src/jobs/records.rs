@@ -5,8 +5,6 @@ use std::{collections::BTreeMap, fmt};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
-use super::Record;
-
 /// An uploaded (or made) file; its bytes are in `blobs/<sha256>`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileRecord {
@@ -391,9 +389,10 @@ pub struct Alias {
     pub sku: Value,
 }
 
+/// Makes a struct a kind of record: its kind, the field with its id, the one with its parent's.
 macro_rules! record {
     ($record:ty, $kind:literal, $id:ident $(, $parent:ident)?) => {
-        impl Record for $record {
+        impl $crate::jobs::Record for $record {
             const KIND: &'static str = $kind;
 
             fn id(&self) -> &str {
@@ -407,6 +406,7 @@ macro_rules! record {
         }
     };
 }
+pub(super) use record;
 
 record!(FileRecord, "file", id);
 record!(Upload, "upload", id);

@@ -58,12 +58,7 @@ impl PackedWeight {
 /// # Panics
 /// Where the lengths do not fit each other.
 pub fn linear(kernels: &Kernels, x: &[f32], weight: &[f32], in_features: usize, out: &mut [f32]) {
-    let out_features = weight.len() / in_features.max(1);
-    assert_eq!(
-        weight.len(),
-        out_features * in_features,
-        "weight is not whole rows of {in_features}"
-    );
+    let out_features = rows_of(weight, in_features);
     let source = Source::ColumnsTerms(weight, in_features);
     product(kernels, x, (in_features, out_features), source, out);
 }
@@ -79,14 +74,15 @@ pub fn input_gradient(
     in_features: usize,
     out: &mut [f32],
 ) {
-    let out_features = weight.len() / in_features.max(1);
-    assert_eq!(
-        weight.len(),
-        out_features * in_features,
-        "weight is not whole rows of {in_features}"
-    );
+    let out_features = rows_of(weight, in_features);
     let source = Source::TermsColumns(weight, in_features);
     product(kernels, grad, (out_features, in_features), source, out);
+}
+
+fn rows_of(weight: &[f32], in_features: usize) -> usize {
+    let rows = weight.len() / in_features.max(1);
+    assert_eq!(weight.len(), rows * in_features, "weight is not whole rows of {in_features}");
+    rows
 }
 
 fn product(

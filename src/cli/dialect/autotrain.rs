@@ -104,9 +104,7 @@ const DEFAULTS: &[(&str, f64)] = &[
 ];
 
 fn finish(theirs: &Theirs, ours: &mut Translation) {
-    for (key, value) in DEFAULTS {
-        ours.settings.entry(*key).or_insert_with(|| plain(*value));
-    }
+    ours.set_defaults(DEFAULTS);
     backend(theirs, ours);
     let preferences = task(theirs, ours);
     data(theirs, preferences, ours);

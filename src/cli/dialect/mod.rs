@@ -64,6 +64,13 @@ pub(super) struct Translation {
 }
 
 impl Translation {
+    /// Sets what the file left open.
+    fn set_defaults(&mut self, defaults: &[(&str, f64)]) {
+        for (key, value) in defaults {
+            self.settings.entry(*key).or_insert_with(|| plain(*value));
+        }
+    }
+
     fn set(&mut self, key: &str, value: impl Into<Value>) {
         self.settings.insert(key.to_owned(), value.into());
     }

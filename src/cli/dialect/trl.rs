@@ -219,9 +219,7 @@ const DEFAULTS: &[(&str, f64)] = &[
 ];
 
 fn finish(theirs: &Theirs, ours: &mut Translation) {
-    for (key, value) in DEFAULTS {
-        ours.settings.entry(*key).or_insert_with(|| plain(*value));
-    }
+    ours.set_defaults(DEFAULTS);
     model(theirs, ours);
     let preferences = objective(theirs, ours);
     data(theirs, ours);

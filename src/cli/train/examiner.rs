@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, ensure};
 use serde_json::json;
 
-use super::report_page;
+use super::{super::common::stop_token_ids, report_page};
 use crate::adapters::{AdapterRegistry, AdapterVersion};
 use crate::data::{Example, Question, epoch_order};
 use crate::engine::{
@@ -112,9 +112,7 @@ impl EngineExaminer {
         questions: &[Question],
         candidate: &Candidate<'_>,
     ) -> anyhow::Result<EvalReport> {
-        let mut stop_token_ids = candidate.decoder.config().eos_token_ids.clone();
-        let eos = self.tokenizer.eos_token().and_then(|token| self.tokenizer.token_to_id(token));
-        stop_token_ids.extend(eos.filter(|id| !stop_token_ids.contains(id)));
+        let stop_token_ids = stop_token_ids(candidate.decoder.config(), &self.tokenizer);
         let adapters = [Arc::clone(&served.version)];
         let runner = Runner {
             engine: &served.engine,

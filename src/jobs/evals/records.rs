@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::jobs::Record;
+use crate::jobs::records::record;
 
 /// What is to be measured: what a row looks like, and what a good answer is.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -227,23 +227,6 @@ pub struct EvalOutput {
     pub sample: Value,
     /// What it took.
     pub usage: Vec<ModelUsage>,
-}
-
-macro_rules! record {
-    ($record:ty, $kind:literal, $id:ident $(, $parent:ident)?) => {
-        impl Record for $record {
-            const KIND: &'static str = $kind;
-
-            fn id(&self) -> &str {
-                &self.$id
-            }
-            $(
-                fn parent(&self) -> &str {
-                    &self.$parent
-                }
-            )?
-        }
-    };
 }
 
 record!(Eval, "eval", id);
