@@ -83,14 +83,21 @@ impl AdapterCard {
 }
 
 /// Refuses an adapter whose card names another base. Without a card, or with one that does not
-/// name a fingerprint, the shapes alone decide.
+/// name a fingerprint, the shapes alone decide, and nobody asks for the base's.
 ///
 /// # Errors
 /// `WrongBase`, and those of [`AdapterCard::read`].
-pub fn check_base(dir: &Path, base_fingerprint: &str) -> Result<(), AdapterError> {
+pub fn check_base<'a>(
+    dir: &Path,
+    base_fingerprint: impl FnOnce() -> &'a str,
+) -> Result<(), AdapterError> {
     let found = AdapterCard::read(dir)?.map(|card| card.base_fingerprint).unwrap_or_default();
-    if found.is_empty() || found == base_fingerprint {
+    if found.is_empty() {
         return Ok(());
     }
-    Err(AdapterError::WrongBase { expected: base_fingerprint.to_owned(), found })
+    let expected = base_fingerprint();
+    if found == expected {
+        return Ok(());
+    }
+    Err(AdapterError::WrongBase { expected: expected.to_owned(), found })
 }

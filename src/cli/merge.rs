@@ -60,7 +60,7 @@ pub(super) fn run(args: &MergeArgs) -> anyhow::Result<ExitCode> {
     let decoder = Decoder::load(&dir, WeightMode::Frozen)
         .with_context(|| format!("loading {}", dir.display()))?;
     let in_adapter = || format!("adapter {}", args.adapter.display());
-    check_base(&args.adapter, decoder.fingerprint()).with_context(in_adapter)?;
+    check_base(&args.adapter, || decoder.fingerprint()).with_context(in_adapter)?;
     let adapter =
         LoraAdapter::read(&args.adapter, decoder.config(), false).with_context(in_adapter)?;
     let weights = merged_weights(decoder.tensors(), &adapter).with_context(in_adapter)?;

@@ -91,9 +91,7 @@ pub fn spawn(decoder: Arc<Decoder>, mut config: EngineConfig) -> Result<EngineHa
     let vocab_size = decoder.config().vocab_size;
     let cache = KvCache::new(decoder.config(), config.num_blocks, config.block_size)
         .map_err(|error| EngineError::Start(error.to_string()))?;
-    // Hashing the weights takes a moment, so only where the hash is of use.
-    let fingerprint =
-        if config.prefix_cache { decoder.fingerprint().to_owned() } else { String::new() };
+    let fingerprint = decoder.quick_fingerprint();
     start(CachedDecoder { decoder, cache }, vocab_size, fingerprint, config)
 }
 

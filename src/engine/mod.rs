@@ -14,6 +14,8 @@ use crate::adapters::AdapterVersion;
 
 mod batch;
 mod blocks;
+mod candidates;
+mod choose;
 mod config;
 mod draft;
 #[allow(clippy::module_inception)] // The loop; the floor is named after it.
@@ -27,13 +29,14 @@ mod sampler;
 mod scheduler;
 mod score;
 mod sequence;
+mod softmax;
 mod stats;
 mod waiting;
 
 pub use self::{
     config::EngineConfig,
     handle::{EngineHandle, GenerationStream, spawn},
-    sampler::SamplingParams,
+    sampler::{BadLogits, Sampler, SamplingParams},
     score::{TokenLogprobs, TokenScore},
     stats::{AdapterNames, EngineStats},
 };

@@ -8,12 +8,17 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     ModelConfig, ModelError, Projection, Step,
-    layer::{Layer, LayerContext, Linear},
+    layer::{Layer, LayerContext, Linear, work},
     weights::{Parameters, RandomWeights, SafetensorsFolder, Source},
 };
 use crate::ops::{
-    cross_entropy::cross_entropy, embedding::embedding, linear::linear, rms_norm::rms_norm,
-    rope::Angles, weight::Weight,
+    cross_entropy::cross_entropy,
+    embedding::embedding,
+    linear::linear,
+    profile::{self, Op},
+    rms_norm::rms_norm,
+    rope::Angles,
+    weight::Weight,
 };
 use crate::publish::Sha256Stream;
 
@@ -79,6 +84,8 @@ pub struct Decoder {
     /// The dtype of the checkpoint's matrices.
     dtype: DType,
     fingerprint: OnceLock<String>,
+    /// The files that rounded weights were made of.
+    originals: Option<SafetensorsFolder>,
 }
 
 impl Decoder {
@@ -90,19 +97,10 @@ impl Decoder {
     pub fn load(dir: &Path, mode: WeightMode) -> Result<Self, ModelError> {
         let config = ModelConfig::from_dir(dir)?;
         let folder = SafetensorsFolder::open(dir)?;
-        let decoder = Self::build(config, mode, Source::Folder(folder))?;
-        if matches!(mode, WeightMode::Int8 | WeightMode::Int4) {
-            // An adapter belongs to the weights as they were, so these are read once more.
-            let folder = SafetensorsFolder::open(dir)?;
-            let fingerprint = decoder.hash(|name, parameter| match parameter {
-                Parameter::Vector(_) => decoder.original(parameter),
-                Parameter::Matrix(weight) => {
-                    folder.find(name, &<[usize; 2]>::from(weight.dims2()?))?.tensor()
-                }
-            })?;
-            decoder.fingerprint.get_or_init(|| fingerprint);
-        }
-        Ok(decoder)
+        // An adapter belongs to the weights as they were, which are read once more where that is asked.
+        let is_rounded = matches!(mode, WeightMode::Int8 | WeightMode::Int4);
+        let originals = if is_rounded { Some(folder.clone()) } else { None };
+        Ok(Self { originals, ..Self::build(config, mode, Source::Folder(folder))? })
     }
 
     /// Whether a folder has weights, rather than a configuration only.
@@ -141,6 +139,7 @@ impl Decoder {
             inverse_frequencies,
             variables: parameters.variables,
             fingerprint: OnceLock::new(),
+            originals: None,
         })
     }
 
@@ -151,28 +150,63 @@ impl Decoder {
     }
 
     /// SHA-256 over names, dtypes, shapes and bytes of all weights as they are in the file, in hex:
-    /// which base an adapter belongs to. Computed at the first call, or at load if weights are rounded.
-    ///
-    /// # Panics
-    /// Where there is no memory for one more matrix.
+    /// which base an adapter belongs to. Computed at the first call, in about a second for each two
+    /// gigabytes. Where rounded weights' file cannot be read any more, a text that says so and that no
+    /// adapter was made for.
     pub fn fingerprint(&self) -> &str {
-        self.fingerprint.get_or_init(|| {
-            self.hash(|_, parameter| self.original(parameter)).expect("memory for a matrix")
-        })
+        self.fingerprint
+            .get_or_init(|| self.hash().unwrap_or_else(|error| format!("unknown ({error})")))
     }
 
-    /// One tensor at a time is held.
-    fn hash(
-        &self,
-        tensor: impl Fn(&str, Parameter<'_>) -> Result<Tensor, ModelError>,
-    ) -> Result<String, ModelError> {
+    /// A part of one matrix is held at a time.
+    fn hash(&self) -> Result<String, ModelError> {
         let mut hash = Sha256Stream::new();
+        let begin = |name: &str, dtype: DType, dims: &[usize]| {
+            format!("{name} {dtype:?} {dims:?}\n").into_bytes()
+        };
         for (name, parameter) in self.named() {
-            let tensor = tensor(&name, parameter)?;
-            hash.update(format!("{name} {:?} {:?}\n", tensor.dtype(), tensor.dims()).as_bytes());
-            hash.update(&View::data(&tensor));
+            match (parameter, &self.originals) {
+                (Parameter::Vector(_), _) => {
+                    let tensor = self.original(parameter)?;
+                    hash.update(&begin(&name, tensor.dtype(), tensor.dims()));
+                    hash.update(&View::data(&tensor));
+                }
+                (Parameter::Matrix(weight), None) => {
+                    hash.update(&begin(&name, weight.dtype(), &<[usize; 2]>::from(weight.dims2()?)));
+                    weight.for_each_bytes(|bytes| hash.update(bytes))?;
+                }
+                (Parameter::Matrix(weight), Some(originals)) => {
+                    let stored = originals.find(&name, &<[usize; 2]>::from(weight.dims2()?))?;
+                    let tensor = stored.tensor()?;
+                    hash.update(&begin(&name, tensor.dtype(), tensor.dims()));
+                    hash.update(&View::data(&tensor));
+                }
+            }
         }
         Ok(hash.finish())
+    }
+
+    /// SHA-256 over names, shapes, and the first row of each matrix as it is held, in hex: tells models
+    /// apart that were trained apart, at once.
+    ///
+    /// # Panics
+    /// Where there is no memory for a row.
+    #[must_use]
+    pub fn quick_fingerprint(&self) -> String {
+        let mut hash = Sha256Stream::new();
+        for (name, parameter) in self.named() {
+            let (dims, row) = match parameter {
+                Parameter::Vector(tensor) => (tensor.dims().to_vec(), tensor.to_vec1::<f32>()),
+                Parameter::Matrix(weight) => {
+                    let (rows, columns) = weight.dims2().expect("a matrix has two dimensions");
+                    (vec![rows, columns], weight.row(0))
+                }
+            };
+            hash.update(format!("{name} {dims:?}\n").as_bytes());
+            let row = row.expect("memory for a row");
+            row.iter().for_each(|value| hash.update(&value.to_le_bytes()));
+        }
+        hash.finish()
     }
 
     /// Bytes of all weights in memory.
@@ -254,6 +288,7 @@ impl Decoder {
     /// A step that does not describe a batch, or a failed tensor operation.
     pub fn forward(&self, step: &Step<'_>) -> Result<Tensor, ModelError> {
         let hidden = select(&self.hidden(step)?, step.logit_rows)?;
+        let _time = profile::time(Op::Head).work(|| work(&hidden, self.head()));
         Ok(linear(&hidden, self.head(), None)?)
     }
 

@@ -13,6 +13,7 @@ use crate::ops::{
     gated_mlp::silu_mul,
     linear::linear,
     lora::add_in_place,
+    profile::{self, Op},
     rms_norm::rms_norm,
     rope::{Angles, rope},
     weight::Weight,
@@ -120,7 +121,9 @@ impl Layer {
         context: &LayerContext<'_>,
     ) -> Result<Tensor, ModelError> {
         let Linear { weight, bias } = &self.projections[projection as usize];
+        let timer = profile::time(op_of(projection)).work(|| work(x, weight));
         let mut out = linear(x, weight, bias.as_ref())?;
+        drop(timer);
         let site = Site { layer: self.index, projection };
         // 1. Nothing is tracked: all adapters' rows at once, in place.
         if !out.track_op() && context.deltas.iter().all(|rows| rows.delta.is_frozen()) {
@@ -139,4 +142,19 @@ impl Layer {
         }
         Ok(out)
     }
+}
+
+/// The part of a step that a projection belongs to.
+fn op_of(projection: Projection) -> Op {
+    match projection {
+        Projection::Q | Projection::K | Projection::V => Op::Qkv,
+        Projection::O => Op::Output,
+        Projection::Gate | Projection::Up => Op::GateUp,
+        Projection::Down => Op::Down,
+    }
+}
+
+/// Bytes and operations of a product with `weight`.
+pub(super) fn work(x: &Tensor, weight: &Weight) -> (usize, usize) {
+    (weight.num_bytes(), 2 * x.dims()[0] * weight.elem_count())
 }

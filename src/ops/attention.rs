@@ -4,7 +4,10 @@ use std::{ops::Range, sync::Arc};
 
 use candle_core::{CpuStorage, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor};
 
-use super::storage::{f32_slice, mismatch, tensor, with_f32};
+use super::{
+    profile::{Op, time},
+    storage::{f32_slice, mismatch, tensor, with_f32},
+};
 use crate::kernels::{
     AttentionBackward, AttentionForward, AttentionShape, KvPanels, LANES, QuerySpan, best,
 };
@@ -23,6 +26,7 @@ pub fn attention(
     shape: AttentionShape,
     sequences: &Arc<[Range<usize>]>,
 ) -> Result<Tensor> {
+    let _time = time(Op::Attention);
     let op = WholeAttention { shape, sequences: sequences.clone() };
     q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
 }
@@ -48,7 +52,19 @@ pub fn paged_attention(
     shape: AttentionShape,
     spans: &Arc<[PagedSpan]>,
 ) -> Result<Tensor> {
+    let _time = time(Op::Attention).work(|| paged_work(spans, shape, keys.dtype().size_in_bytes()));
     q.contiguous()?.apply_op3_no_bwd(keys, values, &Paged { shape, spans: spans.clone() })
+}
+
+/// Bytes that are read of keys and values, each once a sequence, and operations on them.
+fn paged_work(spans: &[PagedSpan], shape: AttentionShape, element_bytes: usize) -> (usize, usize) {
+    let (mut positions, mut pairs) = (0, 0);
+    for PagedSpan { rows, first_position, .. } in spans {
+        positions += first_position + rows.len();
+        pairs += rows.len() * (first_position + rows.len().div_ceil(2));
+    }
+    let bytes = 2 * positions * shape.kv_heads * shape.head_dim * element_bytes;
+    (bytes, 4 * pairs * shape.heads * shape.head_dim)
 }
 
 /// Which panel of a cache is written.
@@ -71,6 +87,7 @@ pub fn write_cache(
     shape: AttentionShape,
     slots: &Arc<[u32]>,
 ) -> Result<()> {
+    let _time = time(Op::Attention);
     let op = WriteCache { panel, shape, slots: slots.clone() };
     panel_tensor.inplace_op2(&rows.contiguous()?, &op)
 }

@@ -2,7 +2,10 @@
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 
-use super::storage::{f32_slice, mismatch, tensor, with_f32};
+use super::{
+    profile::{Op, time},
+    storage::{f32_slice, mismatch, tensor, with_f32},
+};
 use crate::kernels::{best, for_each_rows, for_each_rows_of_two};
 
 const NAME: &str = "silu_mul";
@@ -14,6 +17,7 @@ const WORK: usize = 8;
 /// # Errors
 /// Where shapes or dtypes do not fit.
 pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    let _time = time(Op::Gate);
     gate.contiguous()?.apply_op2(&up.contiguous()?, SiluMul)
 }
 
