@@ -18,5 +18,6 @@ pub mod linear;
 pub mod lora;
 pub mod rms_norm;
 pub mod rope;
+pub mod soft_cap;
 mod storage;
 pub mod weight;
