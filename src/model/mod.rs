@@ -10,6 +10,7 @@ mod delta;
 mod error;
 mod kv_cache;
 mod layer;
+mod norm;
 mod step;
 mod weights;
 
@@ -18,5 +19,5 @@ pub use config::{ModelConfig, RopeScaling};
 pub use decoder::{Decoder, Quantization, WeightMode};
 pub use delta::{Delta, DeltaRows, Dropout, Projection, Site};
 pub use error::ModelError;
-pub use kv_cache::KvCache;
+pub use kv_cache::{KvCache, KvDtype};
 pub use step::{Step, StepSequence};

@@ -19,5 +19,6 @@ pub mod lora;
 pub mod profile;
 pub mod rms_norm;
 pub mod rope;
+pub mod soft_cap;
 pub mod storage;
 pub mod weight;
