@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     ModelConfig, ModelError, Projection, Step,
     layer::{Layer, LayerContext, Linear},
+    training::with_noise,
     weights::{Parameters, RandomWeights, SafetensorsFolder, Source},
 };
 use crate::ops::{
@@ -270,7 +271,8 @@ impl Decoder {
             deltas: step.deltas,
             dropout: step.dropout,
         };
-        let mut x = embedding(&self.embedding, step.tokens)?;
+        let x = embedding(&self.embedding, step.tokens)?;
+        let mut x = with_noise(x, step)?;
         for layer in &self.layers {
             x = layer.forward(&x, &context)?;
         }
@@ -292,7 +294,7 @@ impl Decoder {
         Ok(cross_entropy(&select(hidden, rows)?, self.head(), targets)?)
     }
 
-    fn head(&self) -> &Weight {
+    pub(super) fn head(&self) -> &Weight {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 }
@@ -308,7 +310,7 @@ const EMBEDDING: &str = "model.embed_tokens.weight";
 const NORM: &str = "model.norm.weight";
 const HEAD: &str = "lm_head.weight";
 
-fn select(hidden: &Tensor, rows: &[u32]) -> Result<Tensor, ModelError> {
+pub(super) fn select(hidden: &Tensor, rows: &[u32]) -> Result<Tensor, ModelError> {
     let rows = Tensor::from_slice(rows, rows.len(), &Device::Cpu)?;
     Ok(hidden.index_select(&rows, 0)?)
 }

@@ -11,6 +11,7 @@ mod error;
 mod kv_cache;
 mod layer;
 mod step;
+mod training;
 mod weights;
 
 pub use arch::{ARCHITECTURES, Architecture};
