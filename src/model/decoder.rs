@@ -10,6 +10,7 @@ use super::{
     ModelConfig, ModelError, Projection, Step,
     layer::{Layer, LayerContext, Linear, work},
     norm::Norm,
+    training::with_noise,
     weights::{Parameters, RandomWeights, SafetensorsFolder, Source},
 };
 use crate::ops::{
@@ -310,7 +311,8 @@ impl Decoder {
             deltas: step.deltas,
             dropout: step.dropout,
         };
-        let mut x = embedding(&self.embedding, step.tokens)?;
+        let x = embedding(&self.embedding, step.tokens)?;
+        let mut x = with_noise(x, step)?;
         if self.config.embedding_scale != 1.0 {
             x = (x * self.config.embedding_scale)?;
         }
@@ -336,7 +338,7 @@ impl Decoder {
         Ok(capped_cross_entropy(&hidden, self.head(), targets, cap)?)
     }
 
-    fn head(&self) -> &Weight {
+    pub(super) fn head(&self) -> &Weight {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 }
@@ -352,7 +354,7 @@ const EMBEDDING: &str = "model.embed_tokens.weight";
 const NORM: (&str, &str) = ("model", "norm");
 const HEAD: &str = "lm_head.weight";
 
-fn select(hidden: &Tensor, rows: &[u32]) -> Result<Tensor, ModelError> {
+pub(super) fn select(hidden: &Tensor, rows: &[u32]) -> Result<Tensor, ModelError> {
     let rows = Tensor::from_slice(rows, rows.len(), &Device::Cpu)?;
     Ok(hidden.index_select(&rows, 0)?)
 }

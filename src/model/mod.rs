@@ -12,6 +12,7 @@ mod kv_cache;
 mod layer;
 mod norm;
 mod step;
+mod training;
 mod weights;
 
 pub use arch::{ARCHITECTURES, Architecture};

@@ -16,6 +16,8 @@ pub mod embedding;
 pub mod gated_mlp;
 pub mod linear;
 pub mod lora;
+pub mod mean_row;
+pub mod noise;
 pub mod profile;
 pub mod rms_norm;
 pub mod rope;
