@@ -7,7 +7,7 @@ use std::{
 };
 
 use crate::jobs::{FileRecord, Job, JobsError, Method, ModelRecord, Service, base_learning_rate};
-use crate::publish::{publish_dir, publish_file};
+use crate::publish::{disk, publish_dir, publish_file};
 use crate::train::{Objective, TrainConfig, work_dir};
 
 /// Examples whose log-probabilities the trainer writes down for the server to compare.
@@ -88,7 +88,7 @@ impl Places {
         // JSON is YAML.
         let text = serde_json::to_string_pretty(&self.train_config(service, job));
         let text = text.expect("a plain struct is always JSON") + "\n";
-        publish_file(&path, text.as_bytes()).map_err(|source| JobsError::file(path, source))
+        Ok(publish_file(&path, text.as_bytes())?)
     }
 
     fn train_config(&self, service: &Service, job: &Job) -> TrainConfig {
@@ -172,7 +172,7 @@ impl Places {
             for entry in fs::read_dir(&from)? {
                 let entry = entry?;
                 if entry.file_type()?.is_file() {
-                    fs::copy(entry.path(), dir.join(entry.file_name()))?;
+                    disk::copy(&entry.path(), &dir.join(entry.file_name()))?;
                 }
             }
             Ok(())
@@ -197,8 +197,8 @@ fn link_file(service: &Service, id: &str, param: &'static str, to: &Path) -> Res
         Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
         // A file system without hard links.
         Err(_) => {
-            let copy = fs::read(&from).and_then(|bytes| publish_file(to, &bytes));
-            copy.map_err(|source| JobsError::file(to, source))
+            let bytes = fs::read(&from).map_err(|source| JobsError::file(from, source))?;
+            Ok(publish_file(to, &bytes)?)
         }
         Ok(()) => Ok(()),
     }
