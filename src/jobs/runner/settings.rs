@@ -16,6 +16,8 @@ const PARITY_EXAMPLES: usize = 8;
 const VALIDATIONS_PER_EPOCH: u64 = 10;
 /// Epochs' adapters that are kept.
 pub(super) const KEEP_EPOCHS: usize = 3;
+/// More epochs than a job can have.
+const MAX_EPOCHS: usize = 1000;
 /// Steps, and seconds, that a crash may cost.
 const CHECKPOINT_EVERY: usize = 100;
 const CHECKPOINT_SECONDS: u64 = 20;
@@ -118,7 +120,8 @@ impl Places {
             eval_every: if has_valid { eval_every } else { 0 },
             valid_batch: Some(batch_size),
             epoch_dir: Some(self.epochs()),
-            keep_epochs: KEEP_EPOCHS,
+            // The service removes them: it knows which are deployed.
+            keep_epochs: MAX_EPOCHS,
             parity_examples: PARITY_EXAMPLES,
             samples: 0,
             checkpoint_every: CHECKPOINT_EVERY,
