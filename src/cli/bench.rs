@@ -12,7 +12,7 @@ use self::load::{Load, median, quantile};
 use super::common::resolve_model;
 use crate::adapters::{AdapterRegistry, AdapterVersion};
 use crate::engine::{self, EngineConfig};
-use crate::model::{Decoder, WeightMode};
+use crate::model::{Decoder, KvDtype, WeightMode};
 
 /// Memory for keys and values, in bytes.
 const KV_CACHE_BYTES: usize = 2 << 30;
@@ -49,6 +49,9 @@ pub(super) struct BenchArgs {
     /// Milliseconds that a chunk of a long prompt may keep running answers waiting, about [default: 250]
     #[arg(long, value_name = "MS")]
     max_step_ms: Option<u64>,
+    /// How keys and values are held: bf16 and int8 take less memory and are a little less exact
+    #[arg(long, value_name = "f32|bf16|int8", default_value = "f32")]
+    kv_dtype: KvDtype,
     /// Threads of the tensor operations [default: all cores]
     #[arg(long)]
     threads: Option<usize>,
@@ -105,7 +108,7 @@ fn open(args: &BenchArgs) -> anyhow::Result<Load> {
     };
     let adapters = args.adapter.iter().enumerate().map(load).collect::<anyhow::Result<Vec<_>>>()?;
     let most = args.batch.iter().copied().max().unwrap_or(1).max(READERS + 1);
-    let mut config = EngineConfig::for_model(decoder.config(), most, KV_CACHE_BYTES);
+    let mut config = EngineConfig::for_cache(decoder.config(), most, KV_CACHE_BYTES, args.kv_dtype);
     // Random tokens have nothing in common and nothing to guess.
     (config.prefix_cache, config.speculate) = (false, 0);
     if let Some(milliseconds) = args.max_step_ms {
