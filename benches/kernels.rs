@@ -2,17 +2,14 @@
 //! what this machine reads from memory and multiplies at best, measured in the same run.
 //!
 //! `cargo bench --bench kernels -- FILTER`, where the filter is part of a line's name (`896x4864`,
-//! `Bf16`, `attention`). Each number is the best of several short windows: on a shared machine the best
+//! `Bf16`). Each number is the best of several short windows: on a shared machine the best
 //! window is the one that measures the program, the others measure the neighbours.
 #![allow(clippy::cast_precision_loss, clippy::print_stdout, reason = "rounded numbers on a page")]
 
 use std::{hint::black_box, time::Duration, time::Instant};
 
 use rayon::prelude::*;
-use tunesmith::kernels::{
-    AttentionForward, AttentionShape, KvForm, KvPanel, KvPanels, KvSide, LANES, PackedWeight,
-    QuerySpan, WeightForm, best,
-};
+use tunesmith::kernels::{PackedWeight, WeightForm, best};
 
 /// Weights are cycled through so much memory, so that they do not come from a cache.
 const CYCLED_BYTES: usize = 256 << 20;
@@ -40,9 +37,6 @@ fn main() {
                 linear(&name, form, (inputs, outputs), bytes_per_second, flops);
             }
         }
-    }
-    if "attention".contains(&filter) {
-        decode_attention();
     }
 }
 
@@ -79,32 +73,6 @@ fn linear(
             100.0 * operations / flops,
         );
     }
-}
-
-/// One new token of a sequence with a thousand cached ones.
-fn decode_attention() {
-    let shape = AttentionShape {
-        heads: 14,
-        kv_heads: 2,
-        head_dim: 64,
-        scale: 0.125,
-        window: None,
-        soft_cap: None,
-    };
-    let context = 1024;
-    let blocks: Vec<u32> = (0..).take(context / LANES).collect();
-    let panel = |side| -> Vec<f32> {
-        (0..blocks.len() * KvForm::F32.block_len(&shape, side)).map(noise).collect()
-    };
-    let (keys, values) = (panel(KvSide::Keys), panel(KvSide::Values));
-    let queries: Vec<f32> = (0..shape.heads * shape.head_dim).map(noise).collect();
-    let mut out = vec![0.0; queries.len()];
-    let seconds = best_seconds(|| {
-        let spans = [QuerySpan { rows: 0..1, first_position: context - 1, block_table: &blocks }];
-        let panels = KvPanels { keys: KvPanel::F32(&keys), values: KvPanel::F32(&values) };
-        AttentionForward { shape, panels, queries: &queries, spans: &spans }.run(best(), &mut out);
-    });
-    println!("attention, 1 row on 1024: {:.1} us", seconds * 1e6);
 }
 
 /// Bytes a second that all threads read from memory.

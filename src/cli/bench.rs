@@ -12,7 +12,7 @@ use self::load::{Load, median, quantile};
 use super::common::resolve_model;
 use crate::adapters::{AdapterRegistry, AdapterVersion};
 use crate::engine::{self, EngineConfig};
-use crate::model::{Decoder, Quantization};
+use crate::model::{Decoder, KvDtype, Quantization};
 
 /// Memory for keys and values, in bytes.
 const KV_CACHE_BYTES: usize = 2 << 30;
@@ -109,7 +109,7 @@ fn open(args: &BenchArgs) -> anyhow::Result<Load> {
     };
     let adapters = args.adapter.iter().enumerate().map(load).collect::<anyhow::Result<Vec<_>>>()?;
     let most = args.batch.iter().copied().max().unwrap_or(1).max(READERS + 1);
-    let mut config = EngineConfig::for_model(decoder.config(), most, KV_CACHE_BYTES);
+    let mut config = EngineConfig::for_cache(decoder.config(), most, KV_CACHE_BYTES, args.kv_dtype);
     // Random tokens have nothing in common and nothing to guess.
     (config.prefix_cache, config.speculate) = (false, 0);
     if let Some(milliseconds) = args.max_step_ms {

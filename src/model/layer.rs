@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use super::{
     DeltaRows, Dropout, ModelConfig, ModelError, Projection, Site,
     kv_cache::attention_shape,
-    norm::{Norms, maybe},
+    norm::{Norms, maybe, maybe_heads},
     step::Layout,
     weights::Parameters,
 };
@@ -91,8 +91,8 @@ impl Layer {
         let q = self.project(Projection::Q, &normed, context)?;
         let k = self.project(Projection::K, &normed, context)?;
         let v = self.project(Projection::V, &normed, context)?;
-        let q = self.norms.query.as_ref().map_or(Ok(q.clone()), |norm| norm.forward_heads(&q))?;
-        let k = self.norms.key.as_ref().map_or(Ok(k.clone()), |norm| norm.forward_heads(&k))?;
+        let q = maybe_heads(self.norms.query.as_ref(), q)?;
+        let k = maybe_heads(self.norms.key.as_ref(), k)?;
         // 2. Positions.
         let (q, k) = (rope(&q, context.angles)?, rope(&k, context.angles)?);
         // 3. Attention, within the sequences or over the cache.

@@ -71,7 +71,7 @@ impl EngineExaminer {
             let parity = served.compare(candidate.scored)?;
             let Parity { max_difference, num_tokens } = parity;
             ensure!(
-                parity.is_close(),
+                parity.is_close(KvDtype::F32),
                 "served log-probabilities differ from training by up to {max_difference:.1e} over \
                  {num_tokens} tokens, more than {:.0e}",
                 Parity::TOLERANCE
