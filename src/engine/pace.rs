@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use crate::model::Step;
+use crate::model::{Step, StepSequence};
 
 /// Rows of prompts that are never too many beside those who decode: they cost hardly more than one.
 const LEAST_ROWS: usize = 16;
@@ -46,7 +46,7 @@ impl Pace {
 
     /// What `step` has to do.
     pub(super) fn load(&self, step: &Step<'_>) -> StepLoad {
-        let of = |sequence: &crate::model::StepSequence<'_>| {
+        let of = |sequence: &StepSequence<'_>| {
             let middle = sequence.num_cached_tokens + sequence.num_tokens / 2;
             sequence.num_tokens as f64 * self.row(middle)
         };
