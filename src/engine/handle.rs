@@ -89,7 +89,8 @@ pub fn spawn(decoder: Arc<Decoder>, mut config: EngineConfig) -> Result<EngineHa
     config.max_model_len = config.max_model_len.min(decoder.config().max_position_embeddings);
     let config = config.at_least_one();
     let vocab_size = decoder.config().vocab_size;
-    let cache = KvCache::new(decoder.config(), config.num_blocks, config.block_size)
+    let (blocks, size) = (config.num_blocks, config.block_size);
+    let cache = KvCache::with_dtype(decoder.config(), blocks, size, config.kv_dtype)
         .map_err(|error| EngineError::Start(error.to_string()))?;
     let fingerprint = decoder.quick_fingerprint();
     start(CachedDecoder { decoder, cache }, vocab_size, fingerprint, config)

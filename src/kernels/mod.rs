@@ -29,10 +29,14 @@ mod quantize;
 mod roofline;
 mod rows;
 mod simd;
+mod tanh;
 mod threads;
 mod turned;
 
-pub use attention::{AttentionBackward, AttentionForward, AttentionShape, KvPanels, QuerySpan};
+pub use attention::{
+    AttentionBackward, AttentionForward, AttentionShape, KvForm, KvPanel, KvPanelMut, KvPanels,
+    KvSide, QuerySpan,
+};
 pub use gemm::MatmulJob;
 pub use lora::{LoraSegment, add_lora};
 pub use panels::{GROUP, PackedWeight, WeightForm};

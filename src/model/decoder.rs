@@ -9,15 +9,17 @@ use serde::{Deserialize, Serialize};
 use super::{
     ModelConfig, ModelError, Projection, Step,
     layer::{Layer, LayerContext, Linear, work},
+    norm::Norm,
+    training::with_noise,
     weights::{Parameters, RandomWeights, SafetensorsFolder, Source},
 };
 use crate::ops::{
-    cross_entropy::cross_entropy,
+    cross_entropy::capped_cross_entropy,
     embedding::embedding,
     linear::linear,
     profile::{self, Op},
-    rms_norm::rms_norm,
     rope::Angles,
+    soft_cap::soft_cap,
     weight::Weight,
 };
 use crate::publish::Sha256Stream;
@@ -76,7 +78,7 @@ pub struct Decoder {
     config: ModelConfig,
     embedding: Weight,
     layers: Vec<Layer>,
-    norm: Tensor,
+    norm: Norm,
     /// `None`: tied to the embedding.
     head: Option<Weight>,
     inverse_frequencies: Vec<f32>,
@@ -125,7 +127,7 @@ impl Decoder {
         let layers = (0..config.num_layers)
             .map(|index| Layer::build(&config, index, &mut parameters))
             .collect::<Result<_, _>>()?;
-        let norm = parameters.vector(NORM, config.hidden_size)?;
+        let norm = Norm::build(&config, NORM, config.hidden_size, &mut parameters)?;
         let head =
             if config.tie_word_embeddings { None } else { Some(parameters.table(HEAD, table)?) };
         let inverse_frequencies = config.inverse_frequencies();
@@ -257,17 +259,17 @@ impl Decoder {
     fn named(&self) -> BTreeMap<String, Parameter<'_>> {
         let mut named = BTreeMap::new();
         named.insert(EMBEDDING.to_owned(), Parameter::Matrix(&self.embedding));
-        named.insert(NORM.to_owned(), Parameter::Vector(&self.norm));
+        let (prefix, name) = NORM;
+        let norm = Parameter::Vector(&self.norm.weight);
+        named.insert(format!("{prefix}.{name}.weight"), norm);
         if let Some(head) = &self.head {
             named.insert(HEAD.to_owned(), Parameter::Matrix(head));
         }
         for layer in &self.layers {
             let prefix = format!("model.layers.{}", layer.index);
-            for (norm, tensor) in [
-                ("input_layernorm", &layer.input_norm),
-                ("post_attention_layernorm", &layer.post_attention_norm),
-            ] {
-                named.insert(format!("{prefix}.{norm}.weight"), Parameter::Vector(tensor));
+            for norm in layer.norms.all() {
+                let name = format!("{prefix}.{}.weight", norm.name);
+                named.insert(name, Parameter::Vector(&norm.weight));
             }
             for (projection, Linear { weight, bias }) in
                 Projection::ALL.into_iter().zip(&layer.projections)
@@ -289,7 +291,11 @@ impl Decoder {
     pub fn forward(&self, step: &Step<'_>) -> Result<Tensor, ModelError> {
         let hidden = select(&self.hidden(step)?, step.logit_rows)?;
         let _time = profile::time(Op::Head).work(|| work(&hidden, self.head()));
-        Ok(linear(&hidden, self.head(), None)?)
+        let logits = linear(&hidden, self.head(), None)?;
+        Ok(match self.config.logit_soft_cap {
+            Some(cap) => soft_cap(&logits, cap)?,
+            None => logits,
+        })
     }
 
     /// Hidden states after the final norm, `[tokens, hidden]`, f32.
@@ -305,11 +311,15 @@ impl Decoder {
             deltas: step.deltas,
             dropout: step.dropout,
         };
-        let mut x = embedding(&self.embedding, step.tokens)?;
+        let x = embedding(&self.embedding, step.tokens)?;
+        let mut x = with_noise(x, step)?;
+        if self.config.embedding_scale != 1.0 {
+            x = (x * self.config.embedding_scale)?;
+        }
         for layer in &self.layers {
             x = layer.forward(&x, &context)?;
         }
-        Ok(rms_norm(&x, &self.norm, self.config.rms_norm_eps)?)
+        self.norm.forward(&x)
     }
 
     /// Losses of some rows of [`Self::hidden`] against `targets`; whole logits are never held.
@@ -324,10 +334,11 @@ impl Decoder {
         rows: &[u32],
         targets: &[u32],
     ) -> Result<Tensor, ModelError> {
-        Ok(cross_entropy(&select(hidden, rows)?, self.head(), targets)?)
+        let (hidden, cap) = (select(hidden, rows)?, self.config.logit_soft_cap);
+        Ok(capped_cross_entropy(&hidden, self.head(), targets, cap)?)
     }
 
-    fn head(&self) -> &Weight {
+    pub(super) fn head(&self) -> &Weight {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 }
@@ -340,10 +351,10 @@ enum Parameter<'a> {
 }
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
-const NORM: &str = "model.norm.weight";
+const NORM: (&str, &str) = ("model", "norm");
 const HEAD: &str = "lm_head.weight";
 
-fn select(hidden: &Tensor, rows: &[u32]) -> Result<Tensor, ModelError> {
+pub(super) fn select(hidden: &Tensor, rows: &[u32]) -> Result<Tensor, ModelError> {
     let rows = Tensor::from_slice(rows, rows.len(), &Device::Cpu)?;
     Ok(hidden.index_select(&rows, 0)?)
 }

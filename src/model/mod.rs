@@ -10,7 +10,9 @@ mod delta;
 mod error;
 mod kv_cache;
 mod layer;
+mod norm;
 mod step;
+mod training;
 mod weights;
 
 pub use arch::{ARCHITECTURES, Architecture};
@@ -18,5 +20,5 @@ pub use config::{ModelConfig, RopeScaling};
 pub use decoder::{Decoder, Quantization, WeightMode};
 pub use delta::{Delta, DeltaRows, Dropout, Projection, Site};
 pub use error::ModelError;
-pub use kv_cache::KvCache;
+pub use kv_cache::{KvCache, KvDtype};
 pub use step::{Step, StepSequence};

@@ -18,6 +18,15 @@ pub(super) fn f32_slice<'a>(
     Ok(&storage.as_slice::<f32>()?[range(layout, op)?])
 }
 
+/// The elements of a contiguous CPU tensor of any dtype.
+pub(super) fn whole_slice<'a, T: candle_core::WithDType>(
+    storage: &'a CpuStorage,
+    layout: &Layout,
+    op: &'static str,
+) -> Result<&'a [T]> {
+    Ok(&storage.as_slice::<T>()?[range(layout, op)?])
+}
+
 /// Runs `body` on the f32 elements of a tensor, where they are. `op` is for the message.
 ///
 /// # Errors

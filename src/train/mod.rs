@@ -15,6 +15,7 @@ mod objective;
 mod optimizer;
 mod output;
 mod parity;
+mod preference;
 mod recipe;
 mod report;
 mod schedule;
@@ -29,7 +30,9 @@ use std::{io, path::PathBuf};
 pub use backward::{Gradients, clip_factor};
 pub use batches::{BatchPlan, MicroBatch, split_by_tokens};
 pub use checkpoint::{Checkpoint, newest_checkpoint, write_checkpoint};
-pub use config::{LossTokens, Method, Objective, ScheduleKind, Targets, TrainConfig, WeightDtype};
+pub use config::{
+    LossTokens, Method, Objective, PairLoss, ScheduleKind, Targets, TrainConfig, WeightDtype,
+};
 pub use events::{EventLog, Rewards, TrainEvent};
 pub use examiner::{Candidate, Examination, Examiner, Generated, Scored};
 pub use optimizer::{AdamW, AdamWConfig, Moments};

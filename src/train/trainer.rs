@@ -234,8 +234,8 @@ impl<'a> Trainer<'a> {
         let batches = self.plan.micro_batches(&self.job.train, self.step);
         let references = self.plan.examples_of_step(self.step).into_iter();
         let references = references.filter_map(|index| self.reference.0.get(index).copied());
-        let parts = parts(batches, references);
         let (config, step) = (&self.job.config, self.step);
+        let parts = parts(config, batches, references);
         // The loss is one mean over all units of the window, however it is cut.
         let num_units: usize = parts.iter().map(|part| part.num_units(config.objective)).sum();
         self.gradients.clear();
@@ -527,10 +527,10 @@ fn check_examples(job: &TrainJob, vocab_size: usize) -> Result<(), TrainError> {
     if job.train.is_empty() {
         return Err(TrainError::NoExamples("the data has no examples"));
     }
-    let wants_pairs = job.config.objective == Objective::Dpo;
+    let wants_pairs = job.config.objective.wants_pairs();
     for example in job.train.iter().chain(&job.valid) {
         if example.rejected.is_some() != wants_pairs {
-            return Err(TrainError::NoExamples("pairs of answers are for dpo, and only for it"));
+            return Err(TrainError::NoExamples("pairs of answers are for dpo and orpo, and only for them"));
         }
     }
     for example in job.train.iter().chain(&job.valid).flat_map(Example::sides) {
@@ -552,12 +552,12 @@ fn total_steps(plan: &BatchPlan, epochs: f64, max_steps: Option<usize>) -> usize
     max_steps.unwrap_or(steps.max(1))
 }
 
-/// Dropout of micro-batch `index` of a step: a function of the seed, so that a resumed run drops the
-/// same.
+/// Dropout (and noise on embeddings) of micro-batch `index` of a step: a function of the seed, so that a
+/// resumed run drops the same.
 fn dropout(config: &TrainConfig, step: usize, index: usize) -> Option<Dropout> {
     let seed = [config.seed, step as u64, index as u64].into_iter().fold(0, mix);
-    let probability = config.dropout as f32;
-    (probability > 0.0).then_some(Dropout { probability, seed })
+    let (probability, neftune_alpha) = (config.dropout as f32, config.neftune_alpha as f32);
+    (probability > 0.0 || neftune_alpha > 0.0).then_some(Dropout { probability, neftune_alpha, seed })
 }
 
 /// `value` if it is a number to go on with; `step` counts from 0.

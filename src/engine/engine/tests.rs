@@ -20,7 +20,7 @@ use crate::engine::{
     AdapterNames, EngineError, EngineHandle, GenerationRequest, GenerationStream, RequestOptions,
     SamplingParams, TokenScore, score::score_token,
 };
-use crate::model::ModelConfig;
+use crate::model::{KvDtype, ModelConfig};
 
 const VOCAB_SIZE: usize = 97;
 /// Token whose step panics, errs, or returns NaN.
@@ -112,6 +112,7 @@ fn config() -> EngineConfig {
         max_batch_tokens: 256,
         block_size: 4,
         num_blocks: 512,
+        kv_dtype: KvDtype::F32,
         prefix_cache: true,
     }
 }
