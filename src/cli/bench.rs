@@ -17,7 +17,7 @@ use self::{
 use super::common::resolve_model;
 use crate::engine::{self, EngineConfig};
 use crate::kernels::{self, Roofline};
-use crate::model::{Decoder, Quantization};
+use crate::model::{Decoder, KvDtype, Quantization};
 use crate::ops::profile;
 
 /// Memory for keys and values, in bytes.
@@ -49,6 +49,9 @@ pub(super) struct BenchArgs {
     /// Hold the base in 8 bits (`int8`), its projections in 4 (`int4`), or as it is (`none`)
     #[arg(long, value_name = "BITS", default_value = "none")]
     quantize: Quantization,
+    /// Hold keys and values in `f32`, `bf16` or `int8`
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    kv_dtype: KvDtype,
     /// Prompt lengths to measure
     #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [128, 512])]
     prompt_tokens: Vec<usize>,
@@ -101,6 +104,7 @@ pub(super) fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     let report = json!({
         "model": args.model,
         "quantize": args.quantize,
+        "kv_dtype": args.kv_dtype,
         "adapters": args.adapter.len() + args.adapters,
         "machine": {
             "kernels": kernels::best().name,
@@ -129,7 +133,7 @@ fn open(args: &BenchArgs) -> anyhow::Result<Load> {
     let decoder = Arc::new(decoder);
     let adapters = adapters::open(&decoder, &args.adapter, args.adapters, args.rank)?;
     let most = args.batch.iter().copied().max().unwrap_or(1).max(READERS + 1);
-    let mut config = EngineConfig::for_model(decoder.config(), most, KV_CACHE_BYTES);
+    let mut config = EngineConfig::for_cache(decoder.config(), most, KV_CACHE_BYTES, args.kv_dtype);
     // Random tokens have nothing in common and nothing to guess.
     (config.prefix_cache, config.speculate) = (false, 0);
     if let Some(milliseconds) = args.max_step_ms {
