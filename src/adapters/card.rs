@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{AdapterError, files::read_file};
+use crate::publish::disk;
 
 /// Largest card that is read, in bytes; a curve of 100 000 points fits.
 const CARD_BYTES_LIMIT: u64 = 32 << 20;
@@ -78,7 +79,7 @@ impl AdapterCard {
         let failed = |source| AdapterError::Io { path: path.clone(), source };
         let mut text = serde_json::to_string_pretty(self).map_err(|error| failed(error.into()))?;
         text.push('\n');
-        std::fs::write(&path, text).map_err(failed)
+        Ok(disk::write(&path, text)?)
     }
 }
 

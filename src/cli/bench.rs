@@ -47,10 +47,10 @@ pub(super) struct BenchArgs {
     #[arg(long, value_name = "R", default_value_t = 16)]
     rank: usize,
     /// Hold the base in 8 bits (`int8`), its projections in 4 (`int4`), or as it is (`none`)
-    #[arg(long, value_name = "BITS", default_value = "none")]
+    #[arg(long, value_name = "none|int8|int4", default_value = "none")]
     quantize: Quantization,
     /// Hold keys and values in `f32`, `bf16` or `int8`
-    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    #[arg(long, value_name = "f32|bf16|int8", default_value = "f32")]
     kv_dtype: KvDtype,
     /// Prompt lengths to measure
     #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [128, 512])]

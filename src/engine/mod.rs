@@ -22,6 +22,7 @@ mod draft;
 mod engine;
 mod handle;
 mod pace;
+pub mod parity;
 mod penalties;
 mod prefix;
 mod request;
@@ -80,6 +81,9 @@ pub enum EngineError {
     /// A prompt token that the model has no embedding for.
     #[error("token id {0} is outside the vocabulary")]
     UnknownToken(u32),
+    /// A request that was taken ended early, in the engine's own words.
+    #[error("the engine broke the request off: {0}")]
+    Failed(String),
     /// The cache or the thread cannot be made.
     #[error("the engine cannot start: {0}")]
     Start(String),

@@ -29,7 +29,7 @@ use std::{io, path::PathBuf};
 
 pub use backward::{Gradients, clip_factor};
 pub use batches::{BatchPlan, MicroBatch, split_by_tokens};
-pub use checkpoint::{Checkpoint, newest_checkpoint, write_checkpoint};
+pub use checkpoint::{Checkpoint, newest_checkpoint, prune_checkpoints, write_checkpoint};
 pub use config::{
     LossTokens, Method, Objective, PairLoss, ScheduleKind, Targets, TrainConfig, WeightDtype,
 };
@@ -45,6 +45,7 @@ pub use workspace::work_dir;
 use crate::adapters::AdapterError;
 use crate::data::Example;
 use crate::model::ModelError;
+use crate::publish::DiskError;
 
 /// A run, ready to start: everything that had to be read, resolved or tokenised is.
 #[derive(Debug, Clone)]
@@ -205,6 +206,9 @@ pub enum TrainError {
         /// The cause.
         source: io::Error,
     },
+    /// A file or folder that cannot be written, renamed, synced or removed.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// Reading or writing where no single file is to blame.
     #[error(transparent)]
     Io(#[from] io::Error),

@@ -1,7 +1,6 @@
 //! The loop.
 
 use std::{
-    fs,
     path::PathBuf,
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
@@ -24,6 +23,7 @@ use super::{
 };
 use crate::data::Example;
 use crate::model::Dropout;
+use crate::publish::disk;
 
 /// Models with more parameters than this keep all cores busy with one micro-batch.
 const MAX_PARALLEL_PARAMETERS: usize = 60_000_000;
@@ -351,7 +351,7 @@ impl<'a> Trainer<'a> {
         let folder = self.workspace.as_ref().map(Workspace::candidate);
         let adapter = folder.as_deref().zip(self.model.adapter.as_ref());
         if let Some((dir, adapter)) = adapter {
-            fs::create_dir_all(dir)?;
+            disk::create_dir_all(dir)?;
             adapter.write(dir, &self.job.config.model)?;
         }
         let answer = ask(&Candidate {
@@ -362,7 +362,10 @@ impl<'a> Trainer<'a> {
             scored,
         });
         if let Some((dir, _)) = adapter {
-            fs::remove_dir_all(dir)?;
+            // The next one is written over it.
+            if let Err(error) = disk::remove_dir_all(dir) {
+                tracing::warn!("{error}");
+            }
         }
         answer.map_err(|reason| TrainError::Examination { step: self.step, reason })
     }
@@ -391,7 +394,9 @@ impl<'a> Trainer<'a> {
         self.validate_fully()?;
         let path = epochs::folder(dir, self.step);
         output::publish(&self.finished(), &path)?;
-        epochs::prune(dir, self.step, config.keep_epochs)?;
+        if let Err(error) = epochs::prune(dir, self.step, config.keep_epochs) {
+            self.say(TrainEvent::Warning { message: error.to_string() })?;
+        }
         let epoch = self.step.div_ceil(self.plan.steps_per_epoch());
         self.say(TrainEvent::Epoch { step: self.step, epoch, path })
     }
@@ -427,7 +432,12 @@ impl<'a> Trainer<'a> {
             &self.log,
         )?;
         self.last_checkpoint = (Instant::now(), self.step);
-        self.say(TrainEvent::Checkpointed { step: self.step, path })
+        self.say(TrainEvent::Checkpointed { step: self.step, path })?;
+        // The new one is whole: old ones that stay cost room and nothing else.
+        match checkpoint::prune_checkpoints(&folder) {
+            Ok(()) => Ok(()),
+            Err(error) => self.say(TrainEvent::Warning { message: error.to_string() }),
+        }
     }
 
     /// Ends with a checkpoint instead of an output.
@@ -455,12 +465,14 @@ impl<'a> Trainer<'a> {
         let finished = output::Finished { parity, examination, ..self.finished() };
         let digest = output::publish(&finished, &config.output)?;
         let path = config.output.clone();
-        self.say(TrainEvent::Published { step: self.step, path: path.clone() })?;
-        let summary = self.summary(outcome, path, digest);
-        if let Some(workspace) = self.workspace.take().filter(|_| !config.keep_work) {
-            workspace.remove()?;
+        let said = self.say(TrainEvent::Published { step: self.step, path: path.clone() });
+        let workspace = self.workspace.take().filter(|_| !config.keep_work);
+        let removed = workspace.map_or(Ok(()), Workspace::remove);
+        // The output is there: what fails from here on is not the run.
+        for error in [said, removed].into_iter().filter_map(Result::err) {
+            (self.observer)(&TrainEvent::Warning { message: error.to_string() });
         }
-        Ok(summary)
+        Ok(self.summary(outcome, path, digest))
     }
 
     /// What is to be published now.
