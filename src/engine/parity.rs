@@ -34,15 +34,20 @@ pub struct Parity {
 }
 
 impl Parity {
-    /// Whether rounding can explain what was found, that of an engine whose cache holds keys and values so included.
+    /// Largest difference that rounding can explain, that of keys and values in an engine's cache included.
     #[must_use]
-    pub fn is_close(&self, kv_dtype: KvDtype) -> bool {
-        let tolerance = match kv_dtype {
+    pub fn tolerance(kv_dtype: KvDtype) -> f64 {
+        match kv_dtype {
             KvDtype::F32 => 1e-3,
             KvDtype::Bf16 => 0.2,
             KvDtype::Int8 => 0.5,
-        };
-        self.max_difference <= tolerance
+        }
+    }
+
+    /// Whether rounding can explain what was found.
+    #[must_use]
+    pub fn is_close(&self, kv_dtype: KvDtype) -> bool {
+        self.max_difference <= Self::tolerance(kv_dtype)
     }
 }
 
