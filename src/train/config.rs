@@ -1,6 +1,6 @@
 //! What a training run is asked to do, checked once at the door.
 
-use std::{fmt, path::PathBuf};
+use std::{collections::BTreeMap, fmt, path::PathBuf};
 
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
@@ -100,6 +100,18 @@ pub struct TrainConfig {
     pub epoch_dir: Option<PathBuf>,
     /// Adapters that are kept there: the newest.
     pub keep_epochs: usize,
+    /// End the run when the validation loss has not become better for so many validations.
+    pub early_stopping_patience: Option<usize>,
+    /// By how much a validation loss must be below the best to count as better there.
+    pub early_stopping_threshold: f64,
+    /// Publish what was trained when the validation loss was lowest, instead of the last.
+    pub keep_best: bool,
+    /// Publish the last as well, as `<output>.last`.
+    pub keep_last: bool,
+    /// Values of settings of which every combination is trained over the one base: key -> values.
+    pub sweep: BTreeMap<String, Vec<Value>>,
+    /// Leave the worse half of a sweep behind at halves, quarters, ... of the way.
+    pub sweep_halving: bool,
     /// Warn when the loss was above three times its median for so many steps; 0 = never.
     pub spike_steps: usize,
     /// End the run there instead.
@@ -254,6 +266,12 @@ impl Default for TrainConfig {
             samples: 4,
             epoch_dir: None,
             keep_epochs: 3,
+            early_stopping_patience: None,
+            early_stopping_threshold: 0.0,
+            keep_best: false,
+            keep_last: false,
+            sweep: BTreeMap::new(),
+            sweep_halving: false,
             spike_steps: 5,
             stop_on_spike: false,
             parity_examples: 0,
@@ -285,6 +303,11 @@ const FREE_KEYS: &[&str] = &[
     "samples",
     "epoch_dir",
     "keep_epochs",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+    "keep_last",
+    "sweep",
+    "sweep_halving",
     "spike_steps",
     "stop_on_spike",
     "parity_examples",
@@ -337,11 +360,28 @@ impl TrainConfig {
         require(self.valid_batch != Some(0), "valid_batch", &0, "at least 1")?;
         require(self.keep_epochs > 0, "keep_epochs", &0, "at least 1")?;
         self.check_objective()?;
+        self.check_choice()?;
         self.targets.projections()?;
         let adapter_only = self.method == Method::Lora || self.init_adapter.is_none();
         require(adapter_only, "init_adapter", &"set", "unset with method full")?;
         let exact_only = self.method == Method::Lora || self.quantize == Quantization::None;
         require(exact_only, "quantize", &self.quantize, "none with method full")
+    }
+
+    fn check_choice(&self) -> Result<(), TrainError> {
+        let patience = self.early_stopping_patience;
+        require(patience != Some(0), "early_stopping_patience", &0, "at least 1")?;
+        let threshold = self.early_stopping_threshold;
+        let allowed = "0 or more";
+        let holds = threshold.is_finite() && threshold >= 0.0;
+        require(holds, "early_stopping_threshold", &threshold, allowed)?;
+        require(self.keep_best || !self.keep_last, "keep_last", &true, "unset without keep_best")?;
+        let sweeps = !self.sweep.is_empty();
+        require(sweeps || !self.sweep_halving, "sweep_halving", &true, "unset without sweep")?;
+        let adapter = self.method == Method::Lora;
+        require(adapter || !sweeps, "sweep", &"set", "unset with method full")?;
+        let plain = self.epoch_dir.is_none() && self.time_limit.is_none();
+        require(plain || !sweeps, "sweep", &"set", "unset with epoch_dir or time_limit")
     }
 
     fn check_objective(&self) -> Result<(), TrainError> {

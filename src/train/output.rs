@@ -119,6 +119,7 @@ pub(super) fn read_summary(output: &Path) -> Option<TrainSummary> {
         outcome: Outcome::Finished,
         step,
         total_steps: usize::try_from(result["total_steps"].as_u64()?).ok()?,
+        best_step: result["best_step"].as_u64().and_then(|step| usize::try_from(step).ok()),
         loss: result["loss"].as_f64(),
         valid: valid["loss"].as_f64().zip(valid["token_accuracy"].as_f64()),
         path: output.to_owned(),
@@ -198,6 +199,7 @@ fn card(run: &Finished<'_>, digest: &str) -> AdapterCard {
             "result": {
                 "step": run.step,
                 "total_steps": run.total_steps,
+                "best_step": report::best_step(run.log.events()),
                 "loss": report::last_loss(run.log.events()),
                 "valid": valid,
                 "seconds": run.seconds,

@@ -1,9 +1,10 @@
 //! The flags of `tunesmith train`.
 
-use std::path::PathBuf;
+use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::cli::config::parse_bytes;
 use crate::data::Columns;
@@ -147,6 +148,25 @@ pub(crate) struct TrainArgs {
     /// Adapters that are kept there, the newest [3]
     #[arg(long, value_name = "N")]
     pub(crate) keep_epochs: Option<usize>,
+    /// End when the validation loss has not become better for N validations
+    #[arg(long, value_name = "N")]
+    pub(crate) early_stopping_patience: Option<usize>,
+    /// By how much it must become better to count there [0]
+    #[arg(long)]
+    pub(crate) early_stopping_threshold: Option<f64>,
+    /// Publish what was trained when the validation loss was lowest, not the last
+    #[arg(long)]
+    pub(crate) keep_best: bool,
+    /// Publish the last as well, as OUTPUT.last
+    #[arg(long)]
+    pub(crate) keep_last: bool,
+    /// Train every combination over the one base and publish the best: lr=1e-4,2e-4 (repeatable)
+    #[arg(long, value_name = "KEY=VALUES", value_parser = axis)]
+    #[serde(serialize_with = "axes")]
+    pub(crate) sweep: Vec<Axis>,
+    /// Leave the worse half of a sweep behind at halves, quarters, ... of the way
+    #[arg(long)]
+    pub(crate) sweep_halving: bool,
     /// Warn when the loss was above three times its median for N steps, 0 = never [5]
     #[arg(long, value_name = "N")]
     pub(crate) spike_steps: Option<usize>,
@@ -195,6 +215,18 @@ pub(crate) struct TrainArgs {
     #[arg(long)]
     #[serde(skip)]
     pub(crate) events: bool,
+    /// Answer GET /metrics there with the run's figures, as Prometheus reads them
+    #[arg(long, value_name = "HOST:PORT")]
+    #[serde(skip)]
+    pub(crate) metrics_addr: Option<SocketAddr>,
+    /// Push the run's figures to this OTLP/HTTP collector, such as http://localhost:4318
+    #[arg(long, value_name = "URL")]
+    #[serde(skip)]
+    pub(crate) otlp: Option<String>,
+    /// Seconds between two pushes [60]
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    #[serde(skip)]
+    pub(crate) otlp_seconds: u64,
     /// Stop with a checkpoint when the standard input ends: when the process that holds it dies
     #[arg(long)]
     #[serde(skip)]
@@ -207,6 +239,33 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     #[serde(skip)]
     pub(crate) memory_limit: Option<usize>,
+}
+
+/// A setting and its values in a sweep.
+pub(crate) type Axis = (String, Vec<Value>);
+
+/// `lr=1e-4,2e-4`; what is no number or truth value is text. A value with commas stands in quotes.
+fn axis(text: &str) -> Result<Axis, String> {
+    let (key, values) = text.split_once('=').ok_or("expected KEY=VALUE,VALUE")?;
+    let values = values.trim();
+    if values.is_empty() {
+        return Err(format!("{key} has no values"));
+    }
+    let list: Result<Vec<Value>, _> = serde_json::from_str(&format!("[{values}]"));
+    let plain = |word: &str| {
+        let word = word.trim();
+        serde_json::from_str(word).unwrap_or_else(|_| Value::String(word.to_owned()))
+    };
+    let values = list.unwrap_or_else(|_| values.split(',').map(plain).collect());
+    Ok((key.trim().replace('-', "_"), values))
+}
+
+/// As the settings have it; nothing where there is none.
+fn axes<S: serde::Serializer>(axes: &[Axis], serializer: S) -> Result<S::Ok, S::Error> {
+    if axes.is_empty() {
+        return serializer.serialize_none();
+    }
+    serializer.collect_map(axes.iter().map(|(key, values)| (key, values)))
 }
 
 /// `question=prompt,answer=completion`, theirs first.
