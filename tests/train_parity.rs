@@ -56,6 +56,7 @@ fn check(name: &str) {
         model_dir: model_dir.clone(),
         train: steps.iter().flat_map(sequences).map(|sequence| example(&sequence)).collect(),
         valid: Vec::new(),
+        companions: Vec::new(),
         sources: Vec::new(),
     };
     let mut expected = steps.iter();
@@ -94,7 +95,7 @@ fn same_adapter(name: &str, output: &Path, oracle: &str) {
     let peft = LoraAdapter::read(&oracle, &config, false).unwrap();
     for (site, module) in peft.modules() {
         let ours = &trained.modules()[site];
-        for (theirs, ours) in [(&module.a, &ours.a), (&module.b, &ours.b)] {
+        for (theirs, ours) in module.matrices().unwrap().into_iter().zip(ours.matrices().unwrap()) {
             let difference = (theirs - ours).unwrap().abs().unwrap();
             let largest: f32 = difference.max_all().unwrap().to_scalar().unwrap();
             assert!(largest < 1e-3, "{name}, {site:?}: differs by {largest}");
@@ -144,6 +145,7 @@ fn check_dpo(name: &str) {
         model_dir: fixtures().join(name),
         train: steps.iter().flat_map(pairs).map(|value| pair(&value)).collect(),
         valid: Vec::new(),
+        companions: Vec::new(),
         sources: Vec::new(),
     };
     let mut expected = steps.iter();

@@ -9,7 +9,8 @@ use std::{
 };
 
 use super::{AdapterError, LoadLimits, LoraAdapter, check_base};
-use crate::model::ModelConfig;
+use crate::model::{Decoder, ModelConfig};
+use crate::text::{TextError, Tokenizer};
 
 /// Longest name, in bytes.
 const NAME_BYTES_LIMIT: usize = 256;
@@ -23,10 +24,23 @@ pub struct AdapterVersion {
     pub version: u64,
     /// The weights.
     pub adapter: Arc<LoraAdapter>,
+    /// The tokenizer of its folder, if it has tokens of its own: texts for it are split by this one.
+    pub tokenizer: Option<Arc<Tokenizer>>,
     /// The folder that it was read from; its content may have changed since.
     pub path: PathBuf,
     /// Unix seconds.
     pub loaded_at: u64,
+}
+
+impl AdapterVersion {
+    /// The tokenizer for texts to and from `adapter`: its own, or `base`.
+    #[must_use]
+    pub fn tokenizer_of<'a>(
+        adapter: Option<&'a Arc<Self>>,
+        base: &'a Arc<Tokenizer>,
+    ) -> &'a Arc<Tokenizer> {
+        adapter.and_then(|version| version.tokenizer.as_ref()).unwrap_or(base)
+    }
 }
 
 /// Name -> current version. Shared by the HTTP floor; a request resolves its name once and keeps
@@ -34,6 +48,7 @@ pub struct AdapterVersion {
 pub struct AdapterRegistry {
     model: ModelConfig,
     base_fingerprint: Option<String>,
+    base: Option<Arc<Decoder>>,
     limits: LoadLimits,
     current: RwLock<BTreeMap<String, Arc<AdapterVersion>>>,
     slots: Mutex<HashMap<String, Arc<Slot>>>,
@@ -52,6 +67,7 @@ impl AdapterRegistry {
         Self {
             model,
             base_fingerprint: None,
+            base: None,
             limits: LoadLimits::default(),
             current: RwLock::default(),
             slots: Mutex::default(),
@@ -62,6 +78,13 @@ impl AdapterRegistry {
     #[must_use]
     pub fn with_base_fingerprint(mut self, fingerprint: &str) -> Self {
         self.base_fingerprint = Some(fingerprint.to_owned());
+        self
+    }
+
+    /// Prepares adapters for this base while they are loaded, rather than at their first request.
+    #[must_use]
+    pub fn prepared_for(mut self, base: &Arc<Decoder>) -> Self {
+        self.base = Some(Arc::clone(base));
         self
     }
 
@@ -106,7 +129,11 @@ impl AdapterRegistry {
             check_base(dir, fingerprint)?;
         }
         let adapter = LoraAdapter::read_within(dir, &self.model, false, &self.limits)?;
+        if let Some(base) = &self.base {
+            adapter.prepare(base)?;
+        }
         Ok(AdapterVersion {
+            tokenizer: own_tokenizer(&adapter, dir)?,
             name: name.to_owned(),
             version: 0,
             adapter: Arc::new(adapter),
@@ -169,6 +196,21 @@ impl AdapterRegistry {
             slots.remove(name);
         }
     }
+}
+
+/// The tokenizer beside an adapter that has rows of the embedding; one for the base is not held twice.
+fn own_tokenizer(
+    adapter: &LoraAdapter,
+    dir: &Path,
+) -> Result<Option<Arc<Tokenizer>>, AdapterError> {
+    if !adapter.has_own_tokens() || !dir.join("tokenizer.json").exists() {
+        return Ok(None);
+    }
+    let malformed = |error: TextError| AdapterError::MalformedFile {
+        path: dir.to_owned(),
+        detail: error.to_string(),
+    };
+    Ok(Some(Arc::new(Tokenizer::from_dir(dir).map_err(malformed)?)))
 }
 
 fn check_name(name: &str) -> Result<(), AdapterError> {

@@ -7,14 +7,12 @@ use safetensors::View;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ModelConfig, ModelError, Projection, Step,
+    DeltaRows, ModelConfig, ModelError, Projection, Site, Step, Table,
     layer::{Layer, LayerContext, Linear},
+    tables,
     weights::{Parameters, RandomWeights, SafetensorsFolder, Source},
 };
-use crate::ops::{
-    cross_entropy::cross_entropy, embedding::embedding, linear::linear, rms_norm::rms_norm,
-    rope::Angles, weight::Weight,
-};
+use crate::ops::{rms_norm::rms_norm, rope::Angles, weight::Weight};
 use crate::publish::Sha256Stream;
 
 /// How the weights are held.
@@ -248,13 +246,33 @@ impl Decoder {
         named
     }
 
+    /// Weight and bias of a projection.
+    ///
+    /// # Panics
+    /// Where the model has no such layer.
+    #[must_use]
+    pub fn projection(&self, site: Site) -> (&Weight, Option<&Tensor>) {
+        let Linear { weight, bias } =
+            &self.layers[site.layer].projections[site.projection as usize];
+        (weight, bias.as_ref())
+    }
+
+    /// The embedding or the head, `[vocab, hidden]`; one matrix if they are tied.
+    #[must_use]
+    pub fn table(&self, table: Table) -> &Weight {
+        match table {
+            Table::Embedding => &self.embedding,
+            Table::Head => self.head(),
+        }
+    }
+
     /// Logits of the step's `logit_rows`, `[rows, vocab]`, f32.
     ///
     /// # Errors
     /// A step that does not describe a batch, or a failed tensor operation.
     pub fn forward(&self, step: &Step<'_>) -> Result<Tensor, ModelError> {
         let hidden = select(&self.hidden(step)?, step.logit_rows)?;
-        Ok(linear(&hidden, self.head(), None)?)
+        tables::logits(self.head(), &hidden, step.logit_rows, step.deltas)
     }
 
     /// Hidden states after the final norm, `[tokens, hidden]`, f32.
@@ -270,7 +288,7 @@ impl Decoder {
             deltas: step.deltas,
             dropout: step.dropout,
         };
-        let mut x = embedding(&self.embedding, step.tokens)?;
+        let mut x = tables::embed(&self.embedding, step.tokens, step.deltas)?;
         for layer in &self.layers {
             x = layer.forward(&x, &context)?;
         }
@@ -289,7 +307,21 @@ impl Decoder {
         rows: &[u32],
         targets: &[u32],
     ) -> Result<Tensor, ModelError> {
-        Ok(cross_entropy(&select(hidden, rows)?, self.head(), targets)?)
+        self.token_losses_of(hidden, rows, targets, &[])
+    }
+
+    /// [`Self::token_losses`] under the heads of the adapters in `deltas`, as they were in the step.
+    ///
+    /// # Errors
+    /// As [`Self::token_losses`].
+    pub fn token_losses_of(
+        &self,
+        hidden: &Tensor,
+        rows: &[u32],
+        targets: &[u32],
+        deltas: &[DeltaRows],
+    ) -> Result<Tensor, ModelError> {
+        tables::losses(self.head(), &select(hidden, rows)?, (rows, targets), deltas)
     }
 
     fn head(&self) -> &Weight {

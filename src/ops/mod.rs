@@ -11,11 +11,13 @@
 pub mod add;
 pub mod attention;
 pub mod cross_entropy;
+pub mod dora;
 pub mod dropout;
 pub mod embedding;
 pub mod gated_mlp;
 pub mod linear;
 pub mod lora;
+pub mod own_rows;
 pub mod rms_norm;
 pub mod rope;
 mod storage;

@@ -96,6 +96,9 @@ pub(super) fn publish(run: &Finished<'_>, output: &Path) -> Result<String, Train
                 fs::copy(&from, dir.join(name))?;
             }
         }
+        for (name, content) in &run.job.companions {
+            fs::write(dir.join(name), content)?;
+        }
         fs::write(dir.join(EVENTS_FILE), run.log.text())?;
         if let Some(parity) = &run.parity {
             fs::write(dir.join(PARITY_FILE), parity)?;

@@ -50,9 +50,14 @@ impl Trainable {
             return Ok(Self { decoder: Arc::new(decoder), adapter: None, from_random });
         }
         let decoder = Decoder::load(dir, config.quantize.into())?;
+        let wanted = config.lora()?;
         let adapter = match &config.init_adapter {
-            Some(adapter) => LoraAdapter::read(adapter, decoder.config(), true)?,
-            None => LoraAdapter::fresh(&config.lora()?, decoder.config(), config.seed)?,
+            Some(dir) => {
+                let adapter = LoraAdapter::read(dir, decoder.config(), true)?;
+                adapter.check_continues(&wanted, &TrainConfig::default().lora()?)?;
+                adapter
+            }
+            None => LoraAdapter::fresh_on(&wanted, &decoder, config.seed)?,
         };
         let (decoder, adapter) = (Arc::new(decoder), Some(Arc::new(adapter)));
         Ok(Self { decoder, adapter, from_random: false })
@@ -91,7 +96,7 @@ impl Trainable {
             logit_rows: &[],
             dropout,
         })?;
-        let losses = self.decoder.token_losses(&hidden, &batch.rows, &batch.targets)?; // [2, n]
+        let losses = self.decoder.token_losses_of(&hidden, &batch.rows, &batch.targets, &deltas)?; // [2, n]
         let correct = losses.get(1)?.detach().to_dtype(DType::F64)?.sum_all()?;
         Ok(MicroBatchLoss { nll: losses.get(0)?, num_correct: correct.to_scalar()? })
     }
