@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::{
     AdapterError,
-    peft_fields::{Fields, Modules, refuse_unsupported},
+    peft_fields::{Fields, Modules, TokenRows, refuse_unsupported},
     site::site_key,
     tables::{Share, Shares, table_named},
     variant::{VARIANTS, Variant},
@@ -41,8 +41,7 @@ pub(super) struct PeftConfig {
     pattern_keys: BTreeMap<&'static str, Vec<String>>,
     pub(super) variant: &'static Variant,
     modules_to_save: Vec<String>,
-    /// `None`: of the embedding.
-    token_rows: Vec<(Option<String>, Vec<u32>)>,
+    token_rows: Vec<TokenRows>,
 }
 
 impl PeftConfig {

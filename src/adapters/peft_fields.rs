@@ -63,6 +63,9 @@ pub(super) enum Modules {
     Pattern(Regex),
 }
 
+/// Tokens of `trainable_token_indices`, and the module that they are rows of; `None`: the embedding.
+pub(super) type TokenRows = (Option<String>, Vec<u32>);
+
 /// Refuses every field that is neither honoured nor harmless nor switched off.
 ///
 /// # Errors
@@ -170,7 +173,7 @@ impl<'a> Fields<'a> {
     }
 
     /// `trainable_token_indices`: tokens, or tokens for each of some modules.
-    pub(super) fn token_rows(&self) -> Result<Vec<(Option<String>, Vec<u32>)>, AdapterError> {
+    pub(super) fn token_rows(&self) -> Result<Vec<TokenRows>, AdapterError> {
         let name = "trainable_token_indices";
         let ids = |value: &Value| {
             let wrong = || self.wrong(name, value, "a list of tokens, each once");

@@ -333,6 +333,10 @@ impl TrainConfig {
         self.targets.projections()?;
         let adapter_only = self.method == Method::Lora || self.init_adapter.is_none();
         require(adapter_only, "init_adapter", &"set", "unset with method full")?;
+        let own_rows = !self.modules_to_save.is_empty() || !self.train_tokens.is_empty();
+        let value = "modules_to_save or train_tokens";
+        let trained = self.method == Method::Lora || !own_rows;
+        require(trained, "method", &value, "lora where single tables are trained")?;
         let exact_only = self.method == Method::Lora || self.quantize == Quantization::None;
         require(exact_only, "quantize", &self.quantize, "none with method full")
     }
