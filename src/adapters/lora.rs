@@ -246,7 +246,7 @@ impl Delta for LoraAdapter {
         let mut input = at.input.narrow(0, rows.start, rows.len())?; // [rows, in]
         // Nobody trains a frozen adapter, so nothing of its input is dropped.
         let dropout = dropout.filter(|dropout| dropout.probability > 0.0 && !self.is_frozen());
-        if let Some(Dropout { probability, seed }) = dropout {
+        if let Some(Dropout { probability, seed, .. }) = dropout {
             input = self::dropout(&input, probability, site_seed(seed, at.site))?;
         }
         let contribution = Contribution { at, rows, input, dropped: dropout.is_some() };

@@ -47,11 +47,19 @@ impl AdapterVersion {
 /// the `Arc`, so a replaced version lives until its last request has ended.
 pub struct AdapterRegistry {
     model: ModelConfig,
-    base_fingerprint: Option<String>,
-    base: Option<Arc<Decoder>>,
+    base: Base,
     limits: LoadLimits,
     current: RwLock<BTreeMap<String, Arc<AdapterVersion>>>,
     slots: Mutex<HashMap<String, Arc<Slot>>>,
+}
+
+/// What adapters must have been made for.
+enum Base {
+    /// Anything of the right shape.
+    Any,
+    Fingerprint(String),
+    /// Hashing it takes a moment, so only where a card names a base.
+    Decoder(Arc<Decoder>),
 }
 
 /// What a name keeps beyond its versions: the number of the last one, locked while one is loaded.
@@ -66,8 +74,7 @@ impl AdapterRegistry {
     pub fn new(model: ModelConfig) -> Self {
         Self {
             model,
-            base_fingerprint: None,
-            base: None,
+            base: Base::Any,
             limits: LoadLimits::default(),
             current: RwLock::default(),
             slots: Mutex::default(),
@@ -77,14 +84,15 @@ impl AdapterRegistry {
     /// Refuses adapters whose card was written for a base with another fingerprint.
     #[must_use]
     pub fn with_base_fingerprint(mut self, fingerprint: &str) -> Self {
-        self.base_fingerprint = Some(fingerprint.to_owned());
+        self.base = Base::Fingerprint(fingerprint.to_owned());
         self
     }
 
-    /// Prepares adapters for this base while they are loaded, rather than at their first request.
+    /// The same for the base itself, whose fingerprint is computed once a card names one, and for which
+    /// adapters are prepared while they are loaded rather than at their first request.
     #[must_use]
-    pub fn prepared_for(mut self, base: &Arc<Decoder>) -> Self {
-        self.base = Some(Arc::clone(base));
+    pub fn with_base(mut self, decoder: &Arc<Decoder>) -> Self {
+        self.base = Base::Decoder(Arc::clone(decoder));
         self
     }
 
@@ -125,12 +133,14 @@ impl AdapterRegistry {
     /// # Errors
     /// Every reason to refuse the folder.
     pub fn read(&self, name: &str, dir: &Path) -> Result<AdapterVersion, AdapterError> {
-        if let Some(fingerprint) = &self.base_fingerprint {
-            check_base(dir, fingerprint)?;
+        match &self.base {
+            Base::Any => {}
+            Base::Fingerprint(fingerprint) => check_base(dir, || fingerprint)?,
+            Base::Decoder(decoder) => check_base(dir, || decoder.fingerprint())?,
         }
         let adapter = LoraAdapter::read_within(dir, &self.model, false, &self.limits)?;
-        if let Some(base) = &self.base {
-            adapter.prepare(base)?;
+        if let Base::Decoder(decoder) = &self.base {
+            adapter.prepare(decoder)?;
         }
         Ok(AdapterVersion {
             tokenizer: own_tokenizer(&adapter, dir)?,

@@ -67,12 +67,14 @@ pub struct Site {
     pub projection: Projection,
 }
 
-/// Dropout whose masks are a pure function of `seed` and the site, so that a resumed run repeats
-/// them.
+/// What training does at random: dropout whose masks are a pure function of `seed` and the site, and
+/// noise on the embeddings, so that a resumed run repeats them.
 #[derive(Debug, Clone, Copy)]
 pub struct Dropout {
-    /// Probability that an element is dropped.
+    /// Probability that an element of an adapter's input is dropped.
     pub probability: f32,
+    /// NEFTune's alpha: how much noise the embeddings get; 0 = none.
+    pub neftune_alpha: f32,
     /// Differs between steps and micro-batches.
     pub seed: u64,
 }

@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 
 use super::{DeltaRows, ModelError, OwnTable, Table};
 use crate::ops::{
-    cross_entropy::cross_entropy,
+    cross_entropy::capped_cross_entropy,
     embedding::embedding,
     linear::linear,
     own_rows::{self, put_columns, replace_rows},
@@ -59,10 +59,11 @@ pub(super) fn logits(
     Ok(logits)
 }
 
-/// Losses of `hidden [n, hidden]`, which are the step's rows `rows`, against `targets`: `[2, n]`.
+/// Losses of `hidden [n, hidden]`, which are the step's rows `rows`, against `targets`: `[2, n]`. A soft
+/// cap bends the logits first.
 pub(super) fn losses(
     base: &Weight,
-    hidden: &Tensor,
+    (hidden, soft_cap): (&Tensor, Option<f64>),
     (rows, targets): (&[u32], &[u32]),
     deltas: &[DeltaRows],
 ) -> Result<Tensor, ModelError> {
@@ -71,9 +72,11 @@ pub(super) fn losses(
         let targets: Vec<u32> = places.iter().map(|place| targets[*place as usize]).collect();
         Ok(match group.own {
             Some(OwnTable::Rows { ids, values }) => {
-                own_rows::cross_entropy(hidden, group.head, (ids, values), &targets)?
+                own_rows::cross_entropy(hidden, group.head, (ids, values), (&targets, soft_cap))?
             }
-            Some(OwnTable::Whole(_)) | None => cross_entropy(hidden, group.head, &targets)?,
+            Some(OwnTable::Whole(_)) | None => {
+                capped_cross_entropy(hidden, group.head, &targets, soft_cap)?
+            }
         })
     })
 }

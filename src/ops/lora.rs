@@ -6,6 +6,7 @@ use std::{ops::Range, sync::Arc};
 use candle_core::{CpuStorage, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor};
 
 use super::{
+    profile::{Op, time},
     storage::{f32_slice, mismatch, tensor, with_f32},
     weight::Weight,
 };
@@ -91,6 +92,13 @@ pub fn add_in_place(
     x: &Tensor,
     segments: Vec<(Range<usize>, LoraPart)>,
 ) -> Result<()> {
+    let _time = time(Op::Lora).work(|| {
+        let of = |(rows, LoraPart { a, b, .. }): &(Range<usize>, LoraPart)| {
+            let elements: usize = [a, b].iter().map(|m| m.shape().iter().product::<usize>()).sum();
+            (a.num_bytes() + b.num_bytes(), 2 * rows.len() * elements)
+        };
+        segments.iter().map(of).fold((0, 0), |sum, part| (sum.0 + part.0, sum.1 + part.1))
+    });
     output.inplace_op2(&x.contiguous()?, &AddRows { segments })
 }
 

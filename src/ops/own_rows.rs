@@ -6,6 +6,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp2, InplaceOp2, Layout, Result, Shape, Tensor};
 
 use super::{
+    soft_cap::slope,
     storage::{f32_slice, mismatch, tensor, with_f32},
     weight::Weight,
 };
@@ -33,7 +34,8 @@ pub fn put_columns(logits: &Tensor, own: &Tensor, places: Vec<usize>, ids: &[u32
 }
 
 /// As [`cross_entropy`](super::cross_entropy::cross_entropy), with `values [ids, size]` in place of the
-/// rows `ids` of the `head [vocab, size]`, which is frozen. Gradients of `hidden` and `values`.
+/// rows `ids` of the `head [vocab, size]`, which is frozen, and with a soft cap on the logits where there
+/// is one. Gradients of `hidden` and `values`.
 ///
 /// # Errors
 /// Where shapes or dtypes do not fit, or a target lies outside the vocabulary.
@@ -41,7 +43,7 @@ pub fn cross_entropy(
     hidden: &Tensor,
     head: &Weight,
     (ids, values): (&Arc<[u32]>, &Tensor),
-    targets: &[u32],
+    (targets, soft_cap): (&[u32], Option<f64>),
 ) -> Result<Tensor> {
     let (vocab, size) = head.dims2()?;
     if hidden.dims2()? != (targets.len(), size) || values.dims2()? != (ids.len(), size) {
@@ -51,9 +53,12 @@ pub fn cross_entropy(
         return Err(mismatch(NAME, &format!("token {id} in a vocabulary of {vocab}")));
     }
     let (ids, targets, head) = (Arc::clone(ids), targets.into(), head.clone());
-    hidden
-        .contiguous()?
-        .apply_op2(&values.contiguous()?, CrossEntropy { ids, targets, head, vocab, size })
+    #[allow(clippy::cast_possible_truncation)]
+    let soft_cap = soft_cap.map(|cap| cap as f32);
+    hidden.contiguous()?.apply_op2(
+        &values.contiguous()?,
+        CrossEntropy { ids, targets, head, vocab, size, soft_cap },
+    )
 }
 
 struct Replace {
@@ -157,6 +162,7 @@ struct CrossEntropy {
     head: Weight,
     vocab: usize,
     size: usize,
+    soft_cap: Option<f32>,
 }
 
 impl CrossEntropy {
@@ -185,6 +191,9 @@ impl CrossEntropy {
                 own.chunks_exact(ids.len().max(1)).zip(logits.chunks_exact_mut(*vocab))
             {
                 put(ids, own, logits);
+            }
+            if let Some(cap) = self.soft_cap {
+                best().soft_cap(logits, cap);
             }
             body(index * CHUNK_ROWS, x, logits);
         }
@@ -242,9 +251,14 @@ impl CustomOp2 for CrossEntropy {
                         for_each_rows(logits, vocab, vocab * 8, |start, logits| {
                             for (index, row) in logits.chunks_exact_mut(vocab).enumerate() {
                                 let at = first + start + index;
+                                let capped = self.soft_cap.map(|cap| (row.to_vec(), cap));
                                 let (max, sum) = best().softmax_stats(row);
                                 best().softmax_scaled(row, max, grad[at] / sum);
                                 row[self.targets[at] as usize] -= grad[at];
+                                if let Some((logits, cap)) = capped {
+                                    let slopes = logits.iter().map(|logit| slope(*logit, cap));
+                                    row.iter_mut().zip(slopes).for_each(|(to, s)| *to *= s);
+                                }
                             }
                         });
                         let mut own = Vec::with_capacity(rows * own_rows);

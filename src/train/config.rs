@@ -32,6 +32,18 @@ pub struct TrainConfig {
     pub objective: Objective,
     /// How strongly `dpo` holds on to the adapter that it started from, above 0 and at most 2.
     pub dpo_beta: f64,
+    /// How `dpo` takes the margin of a pair.
+    pub dpo_loss: PairLoss,
+    /// Share of pairs that `dpo` takes to be labelled the wrong way round, 0 to below 0.5.
+    pub dpo_label_smoothing: f64,
+    /// Weight of the likelihood of the preferred answers that `dpo` adds to its loss.
+    pub dpo_sft_weight: f64,
+    /// Weight of the odds ratio in the loss of `orpo`, above 0 and at most 2.
+    pub orpo_beta: f64,
+    /// Share of the supervised loss that asks for all tokens alike, 0 to below 1.
+    pub label_smoothing: f64,
+    /// NEFTune's alpha: noise on the embeddings while training; 0 = none.
+    pub neftune_alpha: f64,
     /// LoRA rank r.
     pub rank: usize,
     /// LoRA alpha; the update is scaled by alpha / r (alpha / sqrt(r) with `rslora`).
@@ -152,6 +164,27 @@ pub enum Objective {
     /// Direct preference optimization: that preferred answers gain on the others, compared with the
     /// adapter at the start.
     Dpo,
+    /// Odds-ratio preference optimization: the likelihood of the preferred answers, and that their odds
+    /// are better than the others'.
+    Orpo,
+}
+
+impl Objective {
+    /// Whether its rows are pairs of answers.
+    #[must_use]
+    pub fn wants_pairs(self) -> bool {
+        self != Self::Sft
+    }
+}
+
+/// The loss of a pair's margin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PairLoss {
+    /// `-log sigmoid`; with smoothed labels conservative DPO.
+    Sigmoid,
+    /// With smoothed labels robust DPO, which is unbiased where so many labels are wrong.
+    Robust,
 }
 
 /// How the learning rate changes after the warm-up.
@@ -210,6 +243,12 @@ impl Default for TrainConfig {
             method: Method::Lora,
             objective: Objective::Sft,
             dpo_beta: 0.1,
+            dpo_loss: PairLoss::Sigmoid,
+            dpo_label_smoothing: 0.0,
+            dpo_sft_weight: 0.0,
+            orpo_beta: 0.1,
+            label_smoothing: 0.0,
+            neftune_alpha: 0.0,
             rank: 16,
             alpha: 32.0,
             dropout: 0.0,
@@ -344,22 +383,52 @@ impl TrainConfig {
     fn check_objective(&self) -> Result<(), TrainError> {
         let beta = self.dpo_beta;
         require(beta > 0.0 && beta <= 2.0, "dpo_beta", &beta, "above 0 and at most 2")?;
+        let beta = self.orpo_beta;
+        require(beta > 0.0 && beta <= 2.0, "orpo_beta", &beta, "above 0 and at most 2")?;
+        let smoothing = self.dpo_label_smoothing;
+        require(
+            (0.0..0.5).contains(&smoothing),
+            "dpo_label_smoothing",
+            &smoothing,
+            "0 to below 0.5",
+        )?;
+        let weight = self.dpo_sft_weight;
+        require(weight.is_finite() && weight >= 0.0, "dpo_sft_weight", &weight, "0 or more")?;
+        let smoothing = self.label_smoothing;
+        require((0.0..1.0).contains(&smoothing), "label_smoothing", &smoothing, "0 to below 1")?;
+        let alpha = self.neftune_alpha;
+        require(alpha.is_finite() && alpha >= 0.0, "neftune_alpha", &alpha, "0 or more")?;
         let supervised = self.objective == Objective::Sft;
+        require(
+            supervised || self.label_smoothing == 0.0,
+            "label_smoothing",
+            &self.label_smoothing,
+            "0 with preferences; dpo has dpo_label_smoothing",
+        )?;
         let adapter = self.method == Method::Lora;
-        require(supervised || adapter, "objective", &"dpo", "sft with method full")?;
-        let answers = self.loss_on == LossTokens::Assistant;
-        let loss_on = if self.loss_on == LossTokens::Auto { "auto" } else { "all" };
-        require(supervised || answers, "loss_on", &loss_on, "assistant with objective dpo")?;
+        let dpo = self.objective == Objective::Dpo;
+        require(!dpo || adapter, "objective", &"dpo", "sft or orpo with method full")?;
+        let (loss_on, allowed) = (self.loss_on, "assistant with objective dpo");
+        require(!dpo || loss_on == LossTokens::Assistant, "loss_on", &loss_on, allowed)?;
+        let allowed = "assistant or all with objective orpo";
+        require(supervised || loss_on != LossTokens::Auto, "loss_on", &loss_on, allowed)?;
         let epochs = adapter || self.epoch_dir.is_none();
         require(epochs, "epoch_dir", &"set", "unset with method full")
     }
 
-    /// The peak learning rate: as given, else 2e-4 for LoRA (5e-5 with `dpo`), 2e-5 for all weights
-    /// of a trained model and 1e-3 from random ones.
+    /// The tokens that count in an example: of a pair always those of the answers. That `orpo` with
+    /// `loss_on: all` counts the preferred answers' prompts as well is the objective's to know.
+    #[must_use]
+    pub fn encoded_tokens(&self) -> LossOn {
+        if self.objective.wants_pairs() { LossOn::Assistant } else { self.loss_on.into() }
+    }
+
+    /// The peak learning rate: as given, else 2e-4 for LoRA (5e-5 with preferences), 2e-5 for all
+    /// weights of a trained model and 1e-3 from random ones.
     #[must_use]
     pub fn learning_rate(&self, from_random: bool) -> f64 {
         let default = match self.method {
-            Method::Lora if self.objective == Objective::Dpo => 5e-5,
+            Method::Lora if self.objective.wants_pairs() => 5e-5,
             Method::Lora => 2e-4,
             Method::Full if from_random => 1e-3,
             Method::Full => 2e-5,

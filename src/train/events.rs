@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 /// Something that happened. Losses are mean negative log-likelihoods per trained token, in nats. With
-/// the objective `dpo` they are means over pairs, and `token_accuracy` is the share of pairs whose
-/// preferred answer has gained on the other.
+/// preferences they are means over pairs, and `token_accuracy` is the share of pairs whose preferred
+/// answer has the greater reward.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum TrainEvent {

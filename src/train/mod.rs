@@ -15,6 +15,7 @@ mod objective;
 mod optimizer;
 mod output;
 mod parity;
+mod preference;
 mod recipe;
 mod report;
 mod schedule;
@@ -28,9 +29,10 @@ use std::{io, path::PathBuf};
 
 pub use backward::{Gradients, clip_factor};
 pub use batches::{BatchPlan, MicroBatch, split_by_tokens};
-pub use checkpoint::{Checkpoint, newest_checkpoint, write_checkpoint};
+pub use checkpoint::{Checkpoint, newest_checkpoint, prune_checkpoints, write_checkpoint};
 pub use config::{
-    LossTokens, Method, NewTokens, Objective, ScheduleKind, Targets, TrainConfig, WeightDtype,
+    LossTokens, Method, NewTokens, Objective, PairLoss, ScheduleKind, Targets, TrainConfig,
+    WeightDtype,
 };
 pub use events::{EventLog, Rewards, TrainEvent};
 pub use examiner::{Candidate, Examination, Examiner, Generated, Scored};
@@ -44,6 +46,7 @@ pub use workspace::work_dir;
 use crate::adapters::AdapterError;
 use crate::data::Example;
 use crate::model::ModelError;
+use crate::publish::DiskError;
 
 /// A run, ready to start: everything that had to be read, resolved or tokenised is.
 #[derive(Debug, Clone)]
@@ -206,6 +209,9 @@ pub enum TrainError {
         /// The cause.
         source: io::Error,
     },
+    /// A file or folder that cannot be written, renamed, synced or removed.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// Reading or writing where no single file is to blame.
     #[error(transparent)]
     Io(#[from] io::Error),

@@ -12,13 +12,15 @@ use std::{
     time::Duration,
 };
 
+use candle_core::Device;
+
 use super::{super::handle::start, *};
 use crate::adapters::AdapterRegistry;
 use crate::engine::{
     AdapterNames, EngineError, EngineHandle, GenerationRequest, GenerationStream, RequestOptions,
-    SamplingParams, TokenScore,
+    SamplingParams, TokenScore, score::score_token,
 };
-use crate::model::ModelConfig;
+use crate::model::{KvDtype, ModelConfig};
 
 const VOCAB_SIZE: usize = 97;
 /// Token whose step panics, errs, or returns NaN.
@@ -59,7 +61,7 @@ fn logits_for(tokens: &[u32]) -> Vec<f32> {
 }
 
 impl StepModel for FakeModel {
-    fn forward(&self, step: &Step<'_>) -> Result<Vec<f32>, ModelError> {
+    fn forward(&self, step: &Step<'_>) -> Result<Option<Tensor>, ModelError> {
         if let Some(gate) = &self.gate {
             let _ = gate.lock().unwrap().recv();
         }
@@ -90,7 +92,12 @@ impl StepModel for FakeModel {
             }
         }
         assert_eq!(row, step.tokens.len());
-        Ok(logits)
+        let shape = (logits.len() / VOCAB_SIZE, VOCAB_SIZE);
+        Ok((shape.0 > 0).then(|| Tensor::from_vec(logits, shape, &Device::Cpu)).transpose()?)
+    }
+
+    fn position_cost(&self) -> f64 {
+        0.0
     }
 }
 
@@ -105,6 +112,7 @@ fn config() -> EngineConfig {
         max_batch_tokens: 256,
         block_size: 4,
         num_blocks: 512,
+        kv_dtype: KvDtype::F32,
         prefix_cache: true,
     }
 }
