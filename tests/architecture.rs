@@ -15,7 +15,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("ops", &["kernels"]),
     ("text", &["publish"]),
     ("model", &["publish", "kernels", "ops"]),
-    ("adapters", &["publish", "ops", "model"]),
+    ("adapters", &["publish", "ops", "text", "model"]),
     ("data", &["publish", "text"]),
     ("engine", &["telemetry", "kernels", "ops", "model", "adapters"]),
     ("train", &["publish", "telemetry", "data", "ops", "model", "adapters"]),

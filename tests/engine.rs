@@ -60,9 +60,8 @@ fn random_adapter(
     let lora = LoraConfig {
         rank: 2 + seed as usize % 4,
         alpha: 8.0,
-        dropout: 0.0,
         targets: Projection::ALL.to_vec(),
-        use_rslora: false,
+        ..LoraConfig::default()
     };
     let adapter = LoraAdapter::fresh(&lora, decoder.config(), seed).unwrap();
     for (index, (name, variable)) in adapter.variables().into_iter().enumerate() {

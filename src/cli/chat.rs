@@ -130,7 +130,7 @@ impl Conversation {
         let mut conversation = Self {
             stop_token_ids: model.stop_token_ids(),
             engine: engine::spawn(Arc::new(model.decoder), config)?,
-            tokenizer: model.tokenizer,
+            tokenizer: Arc::clone(AdapterVersion::tokenizer_of(adapter.as_ref(), &model.tokenizer)),
             template: model.template,
             adapter,
             max_tokens: args.max_tokens,

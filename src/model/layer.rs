@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use super::{
-    DeltaRows, Dropout, ModelConfig, ModelError, Projection, Site,
+    DeltaRows, Dropout, ModelConfig, ModelError, Projected, Projection, Site,
     kv_cache::attention_shape,
     norm::{Norms, maybe, maybe_heads},
     step::Layout,
@@ -127,8 +127,9 @@ impl Layer {
         let mut out = linear(x, weight, bias.as_ref())?;
         drop(timer);
         let site = Site { layer: self.index, projection };
-        // 1. Nothing is tracked: all adapters' rows at once, in place.
-        if !out.track_op() && context.deltas.iter().all(|rows| rows.delta.is_frozen()) {
+        let frozen = !out.track_op() && context.deltas.iter().all(|rows| rows.delta.is_frozen());
+        // 1. Nothing is tracked: the sums of all adapters' rows at once, in place.
+        if frozen {
             let part = |DeltaRows { rows, delta }: &DeltaRows| {
                 Some((rows.clone(), delta.part(site)?.clone()))
             };
@@ -136,11 +137,13 @@ impl Layer {
             if !segments.is_empty() {
                 add_in_place(&out, x, segments)?;
             }
-            return Ok(out);
         }
-        // 2. Training: one after the other, with a graph.
+        // 2. Training, with a graph, and what is more than a sum: one after the other.
+        let at = Projected { site, weight, bias: bias.as_ref(), input: x };
         for DeltaRows { rows, delta } in context.deltas {
-            out = delta.apply(site, x, out, rows.clone(), context.dropout)?;
+            if !frozen || delta.part(site).is_none() {
+                out = delta.apply(&at, out, rows.clone(), context.dropout)?;
+            }
         }
         Ok(out)
     }

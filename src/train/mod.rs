@@ -36,7 +36,8 @@ pub use backward::{Gradients, clip_factor};
 pub use batches::{BatchPlan, MicroBatch, split_by_tokens};
 pub use checkpoint::{Checkpoint, newest_checkpoint, prune_checkpoints, write_checkpoint};
 pub use config::{
-    LossTokens, Method, Objective, PairLoss, ScheduleKind, Targets, TrainConfig, WeightDtype,
+    LossTokens, Method, NewTokens, Objective, PairLoss, ScheduleKind, Targets, TrainConfig,
+    WeightDtype,
 };
 pub use events::{EventLog, Rewards, TrainEvent};
 pub use examiner::{Candidate, Examination, Examiner, Generated, Scored};
@@ -65,6 +66,8 @@ pub struct TrainJob {
     pub train: Vec<Example>,
     /// Validation examples; empty = no validation.
     pub valid: Vec<Example>,
+    /// Files of the published folder that are not the base's: name and content.
+    pub companions: Vec<(String, String)>,
     /// Where the examples came from, for the card.
     pub sources: Vec<DataSource>,
 }

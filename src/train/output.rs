@@ -96,6 +96,9 @@ pub(super) fn publish(run: &Finished<'_>, output: &Path) -> Result<String, Train
                 disk::copy(&from, &dir.join(name))?;
             }
         }
+        for (name, content) in &run.job.companions {
+            disk::write(&dir.join(name), content)?;
+        }
         disk::write(&dir.join(EVENTS_FILE), run.log.text())?;
         if let Some(parity) = &run.parity {
             disk::write(&dir.join(PARITY_FILE), parity)?;
