@@ -9,7 +9,7 @@ use std::{
 use anyhow::Context;
 
 use crate::adapters::{AdapterRegistry, AdapterVersion, LoraAdapter, LoraConfig};
-use crate::model::{Decoder, Projection};
+use crate::model::Decoder;
 
 /// Loads `folders`, then makes `num_fresh` adapters of `rank` on all projections. These change nothing, since
 /// their B is 0, and cost what trained ones cost.
@@ -50,9 +50,7 @@ fn fresh(
     let config = LoraConfig {
         rank,
         alpha: 2.0 * rank as f64,
-        dropout: 0.0,
-        targets: Projection::ALL.to_vec(),
-        use_rslora: false,
+        ..LoraConfig::default()
     };
     let adapter = LoraAdapter::fresh(&config, decoder.config(), index as u64)?;
     fs::create_dir_all(dir)?;

@@ -152,7 +152,7 @@ fn save(folder: &Path, step: usize, optimizer: &AdamW) -> Result<(), TrainError>
         TrainError::Checkpoint { path: folder.to_owned(), reason: error.to_string() }
     })?;
     let path = folder.join(format!("{}{}.safetensors", prefix(step), hash(&bytes)));
-    publish_file(&path, &bytes).map_err(at(&path))?;
+    publish_file(&path, &bytes)?;
     let mut names: Vec<_> = files(folder)?;
     names.sort_unstable();
     for old in names.into_iter().rev().skip(NUM_KEPT) {
