@@ -201,7 +201,8 @@ fn orpo_learns_with_and_without_the_prompts() {
         let (_, events) = run_to_end(&job);
         let steps: Vec<_> = (events.iter())
             .filter_map(|event| {
-                let TrainEvent::Step { loss, token_accuracy, num_trained_tokens, .. } = event else {
+                let TrainEvent::Step { loss, token_accuracy, num_trained_tokens, .. } = event
+                else {
                     return None;
                 };
                 Some((*loss, *token_accuracy, *num_trained_tokens))
