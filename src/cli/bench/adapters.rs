@@ -50,9 +50,8 @@ fn fresh(
     let config = LoraConfig {
         rank,
         alpha: 2.0 * rank as f64,
-        dropout: 0.0,
         targets: Projection::ALL.to_vec(),
-        use_rslora: false,
+        ..LoraConfig::default()
     };
     let adapter = LoraAdapter::fresh(&config, decoder.config(), index as u64)?;
     fs::create_dir_all(dir)?;
