@@ -7,6 +7,7 @@ mod figures;
 pub(super) mod forecast;
 mod report_page;
 mod telemetry;
+mod vocabulary;
 
 use std::{
     io::Write,
@@ -26,6 +27,7 @@ use self::{
     examiner::EngineExaminer,
     figures::Figures,
     forecast::{dry_run, fit_memory},
+    vocabulary::{Vocabulary, vocabulary},
 };
 use super::{
     common::resolve_model,
@@ -37,7 +39,7 @@ use super::{
 };
 use crate::data::{DataError, Encoder, questions};
 use crate::model::ModelConfig;
-use crate::text::{ChatTemplate, Tokenizer};
+use crate::text::ChatTemplate;
 use crate::train::{
     Outcome, Surroundings, SweepRow, TrainConfig, TrainError, TrainEvent, TrainJob, TrainSummary,
     run_sweep, run_with,
@@ -161,7 +163,8 @@ pub(super) struct Prepared {
 pub(super) fn prepare(config: TrainConfig, say: &dyn Fn(&str)) -> anyhow::Result<Prepared> {
     let model_dir = resolve_model(&config.model)?;
     let context = || format!("loading {}", model_dir.display());
-    let tokenizer = Tokenizer::from_dir(&model_dir).with_context(context)?;
+    let mut config = config;
+    let Vocabulary { tokenizer, companions } = vocabulary(&mut config, &model_dir)?;
     let template = ChatTemplate::from_dir(&model_dir).with_context(context)?;
     let positions =
         ModelConfig::from_dir(&model_dir).with_context(context)?.max_position_embeddings;
@@ -181,7 +184,7 @@ pub(super) fn prepare(config: TrainConfig, say: &dyn Fn(&str)) -> anyhow::Result
     let (questions, held_out) =
         if held_out.is_empty() { (questions(&train.rows), false) } else { (held_out, true) };
     let (train, valid) = (train.examples, valid.examples);
-    let job = TrainJob { config, model_dir, train, valid, sources };
+    let job = TrainJob { config, model_dir, train, valid, companions, sources };
     let (tokenizer, template) = (Arc::new(tokenizer), Arc::new(template));
     Ok(Prepared { job, examiner: EngineExaminer { tokenizer, template, questions, held_out } })
 }

@@ -54,6 +54,24 @@ pub struct TrainConfig {
     pub targets: Targets,
     /// Scale by alpha / sqrt(r).
     pub rslora: bool,
+    /// How A and B change a projection: `lora`, or `dora` with a trained length for each row.
+    pub variant: String,
+    /// Ranks of some modules: a regular expression for the end of a module's path -> rank.
+    pub rank_pattern: Map<String, Value>,
+    /// Alphas of some modules, likewise.
+    pub alpha_pattern: Map<String, Value>,
+    /// Layers that get an adapter, from 0; none named: all.
+    pub layers: Vec<usize>,
+    /// Modules that get none, by the end of their path.
+    pub exclude: Vec<String>,
+    /// Tables that are trained whole: `embed_tokens`, `lm_head`.
+    pub modules_to_save: Vec<String>,
+    /// Tokens, by their id, whose rows of the tables are trained.
+    pub train_tokens: Vec<u32>,
+    /// Tokens that the tokenizer gets, or a file with one on each line; their rows are trained.
+    pub new_tokens: NewTokens,
+    /// Tokens whose rows start as the mean of others' rows: what `new_tokens` were written with before.
+    pub token_starts: BTreeMap<u32, Vec<u32>>,
     /// An adapter folder to start from instead of a fresh one.
     pub init_adapter: Option<PathBuf>,
     /// Peak learning rate; the default depends on the method, see [`TrainConfig::learning_rate`].
@@ -215,6 +233,11 @@ pub enum WeightDtype {
     Bf16,
 }
 
+/// New tokens, or one file that has them: a list or a text with commas.
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+#[serde(transparent)]
+pub struct NewTokens(pub Vec<String>);
+
 /// Projections named by the user: `all-linear`, one name or a list.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(transparent)]
@@ -243,6 +266,15 @@ impl Default for TrainConfig {
             dropout: 0.0,
             targets: Targets(vec!["all-linear".to_owned()]),
             rslora: false,
+            variant: "lora".to_owned(),
+            rank_pattern: Map::new(),
+            alpha_pattern: Map::new(),
+            layers: Vec::new(),
+            exclude: Vec::new(),
+            modules_to_save: Vec::new(),
+            train_tokens: Vec::new(),
+            new_tokens: NewTokens::default(),
+            token_starts: BTreeMap::new(),
             init_adapter: None,
             lr: None,
             schedule: ScheduleKind::Linear,
@@ -364,6 +396,10 @@ impl TrainConfig {
         self.targets.projections()?;
         let adapter_only = self.method == Method::Lora || self.init_adapter.is_none();
         require(adapter_only, "init_adapter", &"set", "unset with method full")?;
+        let own_rows = !self.modules_to_save.is_empty() || !self.train_tokens.is_empty();
+        let value = "modules_to_save or train_tokens";
+        let trained = self.method == Method::Lora || !own_rows;
+        require(trained, "method", &value, "lora where single tables are trained")?;
         let exact_only = self.method == Method::Lora || self.quantize == Quantization::None;
         require(exact_only, "quantize", &self.quantize, "none with method full")
     }
@@ -390,7 +426,12 @@ impl TrainConfig {
         let beta = self.orpo_beta;
         require(beta > 0.0 && beta <= 2.0, "orpo_beta", &beta, "above 0 and at most 2")?;
         let smoothing = self.dpo_label_smoothing;
-        require((0.0..0.5).contains(&smoothing), "dpo_label_smoothing", &smoothing, "0 to below 0.5")?;
+        require(
+            (0.0..0.5).contains(&smoothing),
+            "dpo_label_smoothing",
+            &smoothing,
+            "0 to below 0.5",
+        )?;
         let weight = self.dpo_sft_weight;
         require(weight.is_finite() && weight >= 0.0, "dpo_sft_weight", &weight, "0 or more")?;
         let smoothing = self.label_smoothing;
@@ -446,6 +487,14 @@ impl TrainConfig {
             dropout: self.dropout,
             targets: self.targets.projections()?,
             use_rslora: self.rslora,
+            variant: self.variant.clone(),
+            rank_pattern: self.rank_pattern.clone(),
+            alpha_pattern: self.alpha_pattern.clone(),
+            layers: self.layers.clone(),
+            exclude: self.exclude.clone(),
+            modules_to_save: self.modules_to_save.clone(),
+            token_ids: self.train_tokens.clone(),
+            token_starts: self.token_starts.clone(),
         })
     }
 
@@ -490,19 +539,29 @@ impl Targets {
 }
 
 impl<'de> Deserialize<'de> for Targets {
-    /// A list of names, or one string with the names separated by commas.
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(untagged)]
-        enum OneOrMany {
-            One(String),
-            Many(Vec<String>),
-        }
-        Ok(Self(match OneOrMany::deserialize(deserializer)? {
-            OneOrMany::Many(names) => names,
-            OneOrMany::One(names) => names.split(',').map(|name| name.trim().to_owned()).collect(),
-        }))
+        names(deserializer).map(Self)
     }
+}
+
+impl<'de> Deserialize<'de> for NewTokens {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        names(deserializer).map(Self)
+    }
+}
+
+/// A list of names, or one string with the names separated by commas.
+fn names<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum OneOrMany {
+        One(String),
+        Many(Vec<String>),
+    }
+    Ok(match OneOrMany::deserialize(deserializer)? {
+        OneOrMany::Many(names) => names,
+        OneOrMany::One(names) => names.split(',').map(|name| name.trim().to_owned()).collect(),
+    })
 }
 
 impl From<LossTokens> for LossOn {

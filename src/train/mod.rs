@@ -34,9 +34,10 @@ use base::Base;
 
 pub use backward::{Gradients, clip_factor};
 pub use batches::{BatchPlan, MicroBatch, split_by_tokens};
-pub use checkpoint::{Checkpoint, newest_checkpoint, write_checkpoint};
+pub use checkpoint::{Checkpoint, newest_checkpoint, prune_checkpoints, write_checkpoint};
 pub use config::{
-    LossTokens, Method, Objective, PairLoss, ScheduleKind, Targets, TrainConfig, WeightDtype,
+    LossTokens, Method, NewTokens, Objective, PairLoss, ScheduleKind, Targets, TrainConfig,
+    WeightDtype,
 };
 pub use events::{EventLog, Rewards, TrainEvent};
 pub use examiner::{Candidate, Examination, Examiner, Generated, Scored};
@@ -52,6 +53,7 @@ pub use workspace::work_dir;
 use crate::adapters::AdapterError;
 use crate::data::Example;
 use crate::model::ModelError;
+use crate::publish::DiskError;
 
 /// A run, ready to start: everything that had to be read, resolved or tokenised is.
 #[derive(Debug, Clone)]
@@ -64,6 +66,8 @@ pub struct TrainJob {
     pub train: Vec<Example>,
     /// Validation examples; empty = no validation.
     pub valid: Vec<Example>,
+    /// Files of the published folder that are not the base's: name and content.
+    pub companions: Vec<(String, String)>,
     /// Where the examples came from, for the card.
     pub sources: Vec<DataSource>,
 }
@@ -224,6 +228,9 @@ pub enum TrainError {
         /// The cause.
         source: io::Error,
     },
+    /// A file or folder that cannot be written, renamed, synced or removed.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// Reading or writing where no single file is to blame.
     #[error(transparent)]
     Io(#[from] io::Error),

@@ -61,9 +61,14 @@ impl Trainable {
     /// Makes (or reads) the adapter that is trained over a base that is loaded already.
     pub(super) fn over(decoder: Arc<Decoder>, config: &TrainConfig) -> Result<Self, TrainError> {
         let label_smoothing = config.label_smoothing;
+        let wanted = config.lora()?;
         let adapter = match &config.init_adapter {
-            Some(adapter) => LoraAdapter::read(adapter, decoder.config(), true)?,
-            None => LoraAdapter::fresh(&config.lora()?, decoder.config(), config.seed)?,
+            Some(dir) => {
+                let adapter = LoraAdapter::read(dir, decoder.config(), true)?;
+                adapter.check_continues(&wanted, &TrainConfig::default().lora()?)?;
+                adapter
+            }
+            None => LoraAdapter::fresh_on(&wanted, &decoder, config.seed)?,
         };
         let adapter = Some(Arc::new(adapter));
         Ok(Self { decoder, adapter, from_random: false, label_smoothing })
@@ -102,7 +107,7 @@ impl Trainable {
             logit_rows: &[],
             dropout,
         })?;
-        let losses = self.decoder.token_losses(&hidden, &batch.rows, &batch.targets)?; // [2, n]
+        let losses = self.decoder.token_losses_of(&hidden, &batch.rows, &batch.targets, &deltas)?; // [2, n]
         let correct = losses.get(1)?.detach().to_dtype(DType::F64)?.sum_all()?;
         Ok(MicroBatchLoss { nll: losses.get(0)?, num_correct: correct.to_scalar()?, hidden })
     }

@@ -7,7 +7,6 @@ mod pause;
 pub(super) use advance::{Position, Turn};
 
 use std::{
-    fs,
     path::PathBuf,
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
@@ -30,6 +29,7 @@ use super::{
 };
 use crate::data::Example;
 use crate::model::Dropout;
+use crate::publish::disk;
 
 /// Models with more parameters than this keep all cores busy with one micro-batch.
 const MAX_PARALLEL_PARAMETERS: usize = 60_000_000;
@@ -371,7 +371,7 @@ impl<'a> Trainer<'a> {
         let folder = self.workspace.as_ref().map(Workspace::candidate);
         let adapter = folder.as_deref().zip(self.model.adapter.as_ref());
         if let Some((dir, adapter)) = adapter {
-            fs::create_dir_all(dir)?;
+            disk::create_dir_all(dir)?;
             adapter.write(dir, &self.job.config.model)?;
         }
         let answer = ask(&Candidate {
@@ -382,7 +382,10 @@ impl<'a> Trainer<'a> {
             scored,
         });
         if let Some((dir, _)) = adapter {
-            fs::remove_dir_all(dir)?;
+            // The next one is written over it.
+            if let Err(error) = disk::remove_dir_all(dir) {
+                tracing::warn!("{error}");
+            }
         }
         answer.map_err(|reason| TrainError::Examination { step: self.step, reason })
     }
@@ -411,7 +414,9 @@ impl<'a> Trainer<'a> {
         self.validate_fully()?;
         let path = epochs::folder(dir, self.step);
         output::publish(&self.finished(), &path)?;
-        epochs::prune(dir, self.step, config.keep_epochs)?;
+        if let Err(error) = epochs::prune(dir, self.step, config.keep_epochs) {
+            self.say(TrainEvent::Warning { message: error.to_string() })?;
+        }
         let epoch = self.step.div_ceil(self.plan.steps_per_epoch());
         self.say(TrainEvent::Epoch { step: self.step, epoch, path })
     }
@@ -447,7 +452,12 @@ impl<'a> Trainer<'a> {
             &self.log,
         )?;
         self.last_checkpoint = (Instant::now(), self.step);
-        self.say(TrainEvent::Checkpointed { step: self.step, path })
+        self.say(TrainEvent::Checkpointed { step: self.step, path })?;
+        // The new one is whole: old ones that stay cost room and nothing else.
+        match checkpoint::prune_checkpoints(&folder) {
+            Ok(()) => Ok(()),
+            Err(error) => self.say(TrainEvent::Warning { message: error.to_string() }),
+        }
     }
 
     /// Ends with a checkpoint instead of an output.
@@ -476,12 +486,14 @@ impl<'a> Trainer<'a> {
         let finished = output::Finished { parity, examination, ..self.finished() };
         let digest = output::publish(&finished, &config.output)?;
         let path = config.output.clone();
-        self.say(TrainEvent::Published { step: self.step, path: path.clone() })?;
-        let summary = self.summary(outcome, path, digest);
-        if let Some(workspace) = self.workspace.take().filter(|_| !config.keep_work) {
-            workspace.remove()?;
+        let said = self.say(TrainEvent::Published { step: self.step, path: path.clone() });
+        let workspace = self.workspace.take().filter(|_| !config.keep_work);
+        let removed = workspace.map_or(Ok(()), Workspace::remove);
+        // The output is there: what fails from here on is not the run.
+        for error in [said, removed].into_iter().filter_map(Result::err) {
+            (self.observer)(&TrainEvent::Warning { message: error.to_string() });
         }
-        Ok(summary)
+        Ok(self.summary(outcome, path, digest))
     }
 
     /// What is to be published now.
@@ -552,7 +564,9 @@ fn check_examples(job: &TrainJob, vocab_size: usize) -> Result<(), TrainError> {
     let wants_pairs = job.config.objective.wants_pairs();
     for example in job.train.iter().chain(&job.valid) {
         if example.rejected.is_some() != wants_pairs {
-            return Err(TrainError::NoExamples("pairs of answers are for dpo and orpo, and only for them"));
+            return Err(TrainError::NoExamples(
+                "pairs of answers are for dpo and orpo, and only for them",
+            ));
         }
     }
     for example in job.train.iter().chain(&job.valid).flat_map(Example::sides) {
@@ -588,7 +602,11 @@ fn total_steps(plan: &BatchPlan, epochs: f64, max_steps: Option<usize>) -> usize
 fn dropout(config: &TrainConfig, step: usize, index: usize) -> Option<Dropout> {
     let seed = [config.seed, step as u64, index as u64].into_iter().fold(0, mix);
     let (probability, neftune_alpha) = (config.dropout as f32, config.neftune_alpha as f32);
-    (probability > 0.0 || neftune_alpha > 0.0).then_some(Dropout { probability, neftune_alpha, seed })
+    (probability > 0.0 || neftune_alpha > 0.0).then_some(Dropout {
+        probability,
+        neftune_alpha,
+        seed,
+    })
 }
 
 /// `value` if it is a number to go on with; `step` counts from 0.

@@ -63,10 +63,10 @@ const KEYS: &[(&str, Rule)] = &[
     ("lora_dropout", Number("dropout")),
     ("lora_target_modules", Read),
     ("lora_target_parameters", Refused("adapters are for linear layers only; remove it")),
-    ("lora_modules_to_save", Refused("only adapters of linear layers are trained; remove it")),
+    ("lora_modules_to_save", Read),
     ("lora_task_type", Harmless),
     ("use_rslora", Flag("rslora")),
-    ("use_dora", Refused("DoRA is not available; remove it for plain LoRA")),
+    ("use_dora", Read),
     ("load_in_8bit", Ignored(OWN_FORMAT)),
     ("load_in_4bit", Ignored(OWN_FORMAT)),
     ("bnb_4bit_quant_type", Harmless),
@@ -255,6 +255,12 @@ fn model(theirs: &Theirs, ours: &mut Translation) {
         ours.notice(
             "lora_target_modules is not set; PEFT takes q_proj and v_proj for these models",
         );
+    }
+    if theirs.flag("use_dora") == Some(true) {
+        ours.set("variant", "dora");
+    }
+    if let Some(names) = theirs.list("lora_modules_to_save") {
+        ours.set("modules_to_save", names);
     }
     ours.set("targets", targets.unwrap_or_else(|| vec!["q_proj".to_owned(), "v_proj".to_owned()]));
 }

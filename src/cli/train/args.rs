@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::cli::config::parse_bytes;
 use crate::data::Columns;
@@ -79,6 +79,30 @@ pub(crate) struct TrainArgs {
     /// Scale by alpha / sqrt(rank)
     #[arg(long)]
     pub(crate) rslora: bool,
+    /// How A and B change a projection: lora, or dora with a trained length for each row [lora]
+    #[arg(long, value_name = "NAME", value_parser = crate::adapters::variant_names())]
+    pub(crate) variant: Option<String>,
+    /// Ranks of some modules, by the end of their path: down_proj=32,layers.0.self_attn.q_proj=4
+    #[arg(long, value_name = "MODULE=RANK", value_parser = pattern)]
+    pub(crate) rank_pattern: Option<Map<String, Value>>,
+    /// Alphas of some modules, likewise
+    #[arg(long, value_name = "MODULE=ALPHA", value_parser = pattern)]
+    pub(crate) alpha_pattern: Option<Map<String, Value>>,
+    /// Layers that get an adapter, from 0, with commas [all]
+    #[arg(long, value_name = "N,N", value_delimiter = ',')]
+    pub(crate) layers: Vec<usize>,
+    /// Modules that get none, by the end of their path, with commas
+    #[arg(long, value_name = "MODULE,MODULE", value_delimiter = ',')]
+    pub(crate) exclude: Vec<String>,
+    /// Tables to train whole: embed_tokens, lm_head
+    #[arg(long, value_name = "TABLE,TABLE", value_delimiter = ',')]
+    pub(crate) modules_to_save: Vec<String>,
+    /// Tokens, by id, whose rows of embedding and head are trained
+    #[arg(long, value_name = "ID,ID", value_delimiter = ',')]
+    pub(crate) train_tokens: Vec<u32>,
+    /// Tokens to add to the tokenizer and to learn, with commas, or a file with one on each line
+    #[arg(long, value_name = "FILE|TOKEN,TOKEN", value_delimiter = ',')]
+    pub(crate) new_tokens: Vec<String>,
     /// Start from an existing adapter
     #[arg(long, value_name = "DIR")]
     pub(crate) init_adapter: Option<PathBuf>,
@@ -273,6 +297,17 @@ pub(crate) fn columns(text: &str) -> Result<Columns, String> {
     let pair = |pair: &str| match pair.split_once('=') {
         Some((theirs, ours)) => Ok((ours.trim().to_owned(), theirs.trim().to_owned())),
         None => Err(format!("{pair:?} is no THEIRS=OURS")),
+    };
+    text.split(',').map(pair).collect()
+}
+
+/// `down_proj=32,layers.0.self_attn.q_proj=4`
+fn pattern(text: &str) -> Result<Map<String, Value>, String> {
+    let pair = |pair: &str| {
+        let (key, number) = pair.rsplit_once('=').ok_or(format!("{pair:?} is no MODULE=NUMBER"))?;
+        let number: Value =
+            number.trim().parse().map_err(|_| format!("{number:?} is no number"))?;
+        Ok((key.trim().to_owned(), number))
     };
     text.split(',').map(pair).collect()
 }
