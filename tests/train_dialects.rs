@@ -213,7 +213,8 @@ fn odds_ratios_and_variants_of_dpo_of_either_tool_train() {
         "keep_best": true, "eval_every": 1});
     assert_settings(&settings(&dir.join("out")), &expected);
 
-    let trl = "model_name_or_path: ${TEST_MODEL}\ndataset_name: rows\nuse_peft: yes\nmax_steps: 1\n";
+    let trl =
+        "model_name_or_path: ${TEST_MODEL}\ndataset_name: rows\nuse_peft: yes\nmax_steps: 1\n";
     let variants = [
         ("orpo", "beta: 0.3\n", json!({"objective": "orpo", "orpo_beta": 0.3, "loss_on": "all"})),
         (

@@ -9,7 +9,7 @@ use std::{
 use anyhow::Context;
 
 use crate::adapters::{AdapterRegistry, AdapterVersion, LoraAdapter, LoraConfig};
-use crate::model::{Decoder, Projection};
+use crate::model::Decoder;
 
 /// Loads `folders`, then makes `num_fresh` adapters of `rank` on all projections. These change nothing, since
 /// their B is 0, and cost what trained ones cost.
