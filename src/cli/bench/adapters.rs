@@ -47,12 +47,7 @@ fn fresh(
     rank: usize,
     dir: &Path,
 ) -> anyhow::Result<Arc<AdapterVersion>> {
-    let config = LoraConfig {
-        rank,
-        alpha: 2.0 * rank as f64,
-        targets: Projection::ALL.to_vec(),
-        ..LoraConfig::default()
-    };
+    let config = LoraConfig { rank, alpha: 2.0 * rank as f64, ..LoraConfig::default() };
     let adapter = LoraAdapter::fresh(&config, decoder.config(), index as u64)?;
     fs::create_dir_all(dir)?;
     adapter.write(dir, "base")?;
