@@ -62,7 +62,9 @@ fn a_job_is_created_watched_listed_and_shown() {
     let checkpoints = said(&jobs(&server, &["checkpoints", id]));
     assert_eq!(checkpoints.lines().count(), 2, "{checkpoints}");
     // It is over, and there are no others.
-    for (args, wanted) in [(["cancel", id], "already completed"), (["show", "ftjob-none"], "ftjob-none")] {
+    for (args, wanted) in
+        [(["cancel", id], "already completed"), (["show", "ftjob-none"], "ftjob-none")]
+    {
         let output = jobs(&server, &args);
         let error = String::from_utf8(output.stderr).unwrap();
         assert!(!output.status.success() && error.contains(wanted), "{args:?}: {error}");

@@ -61,7 +61,8 @@ impl StepModel for CachedDecoder {
     fn position_cost(&self) -> f64 {
         let config = self.decoder.config();
         let projections = Projection::ALL.map(|projection| config.projection_shape(projection));
-        let weights: usize = projections.into_iter().map(|(inputs, outputs)| inputs * outputs).sum();
+        let weights: usize =
+            projections.into_iter().map(|(inputs, outputs)| inputs * outputs).sum();
         // A weight and an element of a score or of a sum are one multiplication and one addition each.
         (2 * config.num_heads * config.head_dim) as f64 / weights as f64
     }

@@ -28,10 +28,9 @@ impl Lines {
     pub(super) fn zeroed(bytes: usize) -> Self {
         let bytes = bytes.next_multiple_of(LINE);
         let mapped = (bytes >= HUGE_PAGE).then(|| Mapping::new(bytes)).flatten();
-        Self(mapped.map_or_else(
-            || Memory::Few(vec![Line([0; LINE]); bytes / LINE]),
-            Memory::Mapped,
-        ))
+        Self(
+            mapped.map_or_else(|| Memory::Few(vec![Line([0; LINE]); bytes / LINE]), Memory::Mapped),
+        )
     }
 
     pub(super) fn as_ptr(&self) -> *const u8 {

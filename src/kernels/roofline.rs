@@ -30,9 +30,8 @@ impl Roofline {
     #[must_use]
     pub fn measure() -> Self {
         let f32_per_second = per_second(f32_loop);
-        let int8_per_second = int8_loop(1).map_or(f32_per_second, |_| {
-            per_second(|turns| int8_loop(turns).unwrap_or(0))
-        });
+        let int8_per_second = int8_loop(1)
+            .map_or(f32_per_second, |_| per_second(|turns| int8_loop(turns).unwrap_or(0)));
         Self { bytes_per_second: read_bandwidth(), f32_per_second, int8_per_second }
     }
 }

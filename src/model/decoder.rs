@@ -174,7 +174,11 @@ impl Decoder {
                     hash.update(&View::data(&tensor));
                 }
                 (Parameter::Matrix(weight), None) => {
-                    hash.update(&begin(&name, weight.dtype(), &<[usize; 2]>::from(weight.dims2()?)));
+                    hash.update(&begin(
+                        &name,
+                        weight.dtype(),
+                        &<[usize; 2]>::from(weight.dims2()?),
+                    ));
                     weight.for_each_bytes(|bytes| hash.update(bytes))?;
                 }
                 (Parameter::Matrix(weight), Some(originals)) => {

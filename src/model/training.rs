@@ -2,10 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::{
-    Decoder, ModelError, Step,
-    decoder::select,
-};
+use super::{Decoder, ModelError, Step, decoder::select};
 use crate::ops::{embedding::embedding, mean_row::mean_row, noise::add_noise};
 
 /// Keeps the noise apart from the dropout of the same seed.

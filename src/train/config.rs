@@ -350,7 +350,12 @@ impl TrainConfig {
         let beta = self.orpo_beta;
         require(beta > 0.0 && beta <= 2.0, "orpo_beta", &beta, "above 0 and at most 2")?;
         let smoothing = self.dpo_label_smoothing;
-        require((0.0..0.5).contains(&smoothing), "dpo_label_smoothing", &smoothing, "0 to below 0.5")?;
+        require(
+            (0.0..0.5).contains(&smoothing),
+            "dpo_label_smoothing",
+            &smoothing,
+            "0 to below 0.5",
+        )?;
         let weight = self.dpo_sft_weight;
         require(weight.is_finite() && weight >= 0.0, "dpo_sft_weight", &weight, "0 or more")?;
         let smoothing = self.label_smoothing;

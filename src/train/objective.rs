@@ -61,11 +61,7 @@ impl Sums {
     pub(super) fn rewards(&self, objective: Objective) -> Option<Rewards> {
         let [reward_chosen, reward_rejected] = self.rewards.map(|sum| sum / self.num_units as f64);
         let reward_margin = reward_chosen - reward_rejected;
-        objective.wants_pairs().then_some(Rewards {
-            reward_chosen,
-            reward_rejected,
-            reward_margin,
-        })
+        objective.wants_pairs().then_some(Rewards { reward_chosen, reward_rejected, reward_margin })
     }
 }
 
@@ -145,8 +141,7 @@ impl Part {
     /// The sums over the pairs, whose tokens have the losses `nll`, and each of these losses' weight in
     /// the gradient.
     fn pairs(&self, config: &TrainConfig, nll: &[f32]) -> (Sums, Vec<f32>) {
-        let mut sums =
-            Sums { num_units: self.num_units(config.objective), ..Sums::default() };
+        let mut sums = Sums { num_units: self.num_units(config.objective), ..Sums::default() };
         let mut weights = vec![0.0; nll.len()];
         for (index, sides) in rows_of_sequences(&self.batch).chunks_exact(2).enumerate() {
             let answers = [0, 1].map(|side| self.answer(&sides[side], nll));
@@ -205,9 +200,7 @@ fn with_prompts(batch: &MicroBatch) -> (MicroBatch, Option<Vec<bool>>) {
     let mut wider = MicroBatch { tokens, lengths, rows: Vec::new(), targets: Vec::new() };
     let mut answers = Vec::new();
     let mut start = 0_u32;
-    for (index, (length, own)) in
-        batch.lengths.iter().zip(rows_of_sequences(batch)).enumerate()
-    {
+    for (index, (length, own)) in batch.lengths.iter().zip(rows_of_sequences(batch)).enumerate() {
         let length = u32::try_from(*length).expect("a micro-batch has < 2^32 tokens");
         let counted = &batch.rows[own];
         for row in start..start + length - 1 {

@@ -542,7 +542,9 @@ fn check_examples(job: &TrainJob, vocab_size: usize) -> Result<(), TrainError> {
     let wants_pairs = job.config.objective.wants_pairs();
     for example in job.train.iter().chain(&job.valid) {
         if example.rejected.is_some() != wants_pairs {
-            return Err(TrainError::NoExamples("pairs of answers are for dpo and orpo, and only for them"));
+            return Err(TrainError::NoExamples(
+                "pairs of answers are for dpo and orpo, and only for them",
+            ));
         }
     }
     for example in job.train.iter().chain(&job.valid).flat_map(Example::sides) {
@@ -569,7 +571,11 @@ fn total_steps(plan: &BatchPlan, epochs: f64, max_steps: Option<usize>) -> usize
 fn dropout(config: &TrainConfig, step: usize, index: usize) -> Option<Dropout> {
     let seed = [config.seed, step as u64, index as u64].into_iter().fold(0, mix);
     let (probability, neftune_alpha) = (config.dropout as f32, config.neftune_alpha as f32);
-    (probability > 0.0 || neftune_alpha > 0.0).then_some(Dropout { probability, neftune_alpha, seed })
+    (probability > 0.0 || neftune_alpha > 0.0).then_some(Dropout {
+        probability,
+        neftune_alpha,
+        seed,
+    })
 }
 
 /// `value` if it is a number to go on with; `step` counts from 0.
