@@ -60,9 +60,8 @@ fn random_adapter(
     let lora = LoraConfig {
         rank: 2 + seed as usize % 4,
         alpha: 8.0,
-        dropout: 0.0,
         targets: Projection::ALL.to_vec(),
-        use_rslora: false,
+        ..LoraConfig::default()
     };
     let adapter = LoraAdapter::fresh(&lora, decoder.config(), seed).unwrap();
     for (index, (name, variable)) in adapter.variables().into_iter().enumerate() {
@@ -270,6 +269,54 @@ proptest! {
             prop_assert_eq!((engine.stats().used_blocks(), engine.num_unfinished()), (0, 0));
         }
     }
+}
+
+/// Where another process of this test is to write its answers.
+const ANSWERS: &str = "TUNESMITH_TEST_ANSWERS";
+
+/// Not a test by itself: what [`one_thread_says_what_two_say`] runs in processes of their own.
+#[test]
+#[ignore = "run by another test"]
+fn answers_for_another_process() {
+    let Ok(path) = std::env::var(ANSWERS) else { return };
+    let mut text = String::new();
+    for model in MODELS {
+        let decoder = tiny_model(model);
+        let registry = AdapterRegistry::new(decoder.config().clone());
+        let adapters: Vec<_> = (0..3)
+            .map(|seed| random_adapter(&registry, &decoder, &format!("adapter-{seed}"), seed))
+            .collect();
+        // Steps of up to 256 rows, which are shared out over threads, and of few, which are not.
+        let requests =
+            (0..24).map(|i| request(prompt(i, 20 + i * 4), 12, adapters.get(i % 4))).collect();
+        let scored = GenerationRequest { score_prompt: true, ..request(prompt(9, 90), 4, None) };
+        let engine = spawn(decoder, config()).unwrap();
+        text += &format!("{:?}\n", together(&engine, requests));
+        text += &format!("{:?}\n", together(&engine, vec![scored]));
+    }
+    text += &format!("{} threads", std::env::var("RAYON_NUM_THREADS").unwrap());
+    std::fs::write(path, text).unwrap();
+}
+
+#[test]
+fn one_thread_says_what_two_say() {
+    let dir = TempDir::new();
+    let answers = |threads: &str| {
+        let path = dir.0.join(threads);
+        let run = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "answers_for_another_process", "--ignored"])
+            .env(ANSWERS, &path)
+            .env("RAYON_NUM_THREADS", threads)
+            .output()
+            .unwrap();
+        assert!(run.status.success(), "{run:?}");
+        let text = std::fs::read_to_string(path).unwrap();
+        text.strip_suffix(&format!("{threads} threads")).unwrap().to_owned()
+    };
+    let one = answers("1");
+    assert!(one.contains("logprob"));
+    assert_eq!(one, answers("2"));
+    assert_eq!(one, answers("5"));
 }
 
 #[test]

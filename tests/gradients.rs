@@ -96,6 +96,31 @@ fn every_operation_has_the_gradient_of_its_forward() {
     });
     check("dropout", &[&[6, 40]], &|x| ops::dropout::dropout(&x[0], 0.3, 9));
     check("lora", &[&[5, 7], &[3, 7], &[11, 3]], &|x| ops::lora::lora(&x[0], &x[1], &x[2], 1.5));
+    let norms = Tensor::new(&[0.5_f32, 2.0, 1.5], &Device::Cpu).unwrap();
+    check("dora", &[&[5, 3], &[5, 3], &[3]], &|x| ops::dora::dora(&x[0], &x[1], &x[2], &norms));
+    check("replace_rows", &[&[5, 4], &[2, 4]], &|x| {
+        ops::own_rows::replace_rows(&x[0], &x[1], vec![(1, 0), (3, 1), (4, 0)])
+    });
+    check("cross_entropy with own rows", &[&[4, 6], &[2, 6]], &|x| {
+        let head = random(&mut ChaCha8Rng::seed_from_u64(3), &[9, 6]).into();
+        let losses = ops::own_rows::cross_entropy(
+            &x[0],
+            &head,
+            (&[7, 2].into(), &x[1]),
+            (&[2, 0, 7, 8], None),
+        );
+        losses?.get(0)
+    });
+    check("cross_entropy with own rows and a soft cap", &[&[4, 6], &[2, 6]], &|x| {
+        let head = random(&mut ChaCha8Rng::seed_from_u64(3), &[9, 6]).into();
+        let losses = ops::own_rows::cross_entropy(
+            &x[0],
+            &head,
+            (&[7, 2].into(), &x[1]),
+            (&[2, 0, 7, 8], Some(1.5)),
+        );
+        losses?.get(0)
+    });
     check("attention", &[&[23, 24], &[23, 12], &[23, 12]], &|x| {
         ops::attention::attention(&x[0], &x[1], &x[2], shape, &sequences)
     });

@@ -49,7 +49,14 @@ fn job(dir: &Path) -> TrainJob {
         rejected: None,
     };
     let train = (0..4).map(example).collect();
-    TrainJob { config, model_dir, train, valid: Vec::new(), sources: Vec::new() }
+    TrainJob {
+        config,
+        model_dir,
+        train,
+        valid: Vec::new(),
+        sources: Vec::new(),
+        companions: Vec::new(),
+    }
 }
 
 /// Runs to the end or to an error; the steps of the checkpoints that it told of.

@@ -70,6 +70,7 @@ fn check(name: &str, kind: &str) {
         model_dir: model_dir.clone(),
         train: steps.iter().flat_map(sequences).map(|sequence| example(&sequence)).collect(),
         valid: Vec::new(),
+        companions: Vec::new(),
         sources: Vec::new(),
     };
     let mut expected = steps.iter();
@@ -108,7 +109,7 @@ fn same_adapter(name: &str, output: &Path, oracle: &str) {
     let peft = LoraAdapter::read(&oracle, &config, false).unwrap();
     for (site, module) in peft.modules() {
         let ours = &trained.modules()[site];
-        for (theirs, ours) in [(&module.a, &ours.a), (&module.b, &ours.b)] {
+        for (theirs, ours) in module.matrices().unwrap().into_iter().zip(ours.matrices().unwrap()) {
             let difference = (theirs - ours).unwrap().abs().unwrap();
             let largest: f32 = difference.max_all().unwrap().to_scalar().unwrap();
             assert!(largest < 1e-3, "{name}, {site:?}: differs by {largest}");
@@ -159,6 +160,7 @@ fn check_preferences(name: &str, kind: &str, set: impl FnOnce(&mut TrainConfig, 
         model_dir: fixtures().join(name),
         train: steps.iter().flat_map(pairs).map(|value| pair(&value)).collect(),
         valid: Vec::new(),
+        companions: Vec::new(),
         sources: Vec::new(),
     };
     set(&mut job.config, settings);

@@ -157,6 +157,16 @@ pub enum AdapterError {
         /// What would be valid.
         expected: &'static str,
     },
+    /// An adapter is to be trained on in a way that it was not made for.
+    #[error("the adapter to go on from has {field} {has}, but {wants} is asked for")]
+    OtherSetting {
+        /// The setting.
+        field: &'static str,
+        /// The adapter's value.
+        has: String,
+        /// The value that is asked for.
+        wants: String,
+    },
     /// The name cannot be given to an adapter.
     #[error("adapter name {name:?}: {expected}")]
     InvalidName {
@@ -201,6 +211,7 @@ impl AdapterError {
             Self::TooLarge { .. } => "too_large",
             Self::RankTooLarge { .. } => "rank_too_large",
             Self::InvalidSetting { .. } => "invalid_setting",
+            Self::OtherSetting { .. } => "other_setting",
             Self::InvalidName { .. } => "invalid_name",
             Self::AlreadyLoaded { .. } => "already_loaded",
             Self::Candle(_) => "internal",

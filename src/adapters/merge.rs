@@ -11,7 +11,9 @@ use crate::publish::disk;
 const WEIGHTS_FILE: &str = "model.safetensors";
 
 /// The base's weights with the adapter folded in: `W + scale * B A`, computed in f32, in the
-/// weight's dtype. `weights` are checkpoint names and tensors, as `Decoder::tensors` gives them.
+/// weight's dtype, and its own tables in place of the base's. `weights` are checkpoint names and
+/// tensors, as `Decoder::tensors` gives them. Where [`LoraAdapter::unties_head`], there is a head that
+/// the base had not.
 ///
 /// # Errors
 /// `MissingTensor` if the base lacks a weight that the adapter changes; `Candle` if shapes differ.
@@ -32,6 +34,7 @@ pub fn merged_weights(
         };
         merged.push((name, weight));
     }
+    adapter.tables().merge(&mut merged)?;
     if waiting.is_empty() {
         return Ok(merged);
     }
@@ -53,9 +56,7 @@ pub fn write_weights(dir: &Path, weights: &[(String, Tensor)]) -> Result<(), Ada
     })?)
 }
 
-/// `W + scale * B A`. `[out, in]`
+/// The folded weight in its own dtype. `[out, in]`
 fn fold(weight: &Tensor, module: &LoraModule) -> candle_core::Result<Tensor> {
-    let product = module.b.detach().matmul(&module.a.detach())?;
-    let delta = (product * module.scale)?;
-    (weight.to_dtype(DType::F32)? + delta)?.to_dtype(weight.dtype())
+    (module.variant().fold)(module, weight.to_dtype(DType::F32)?)?.to_dtype(weight.dtype())
 }

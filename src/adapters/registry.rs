@@ -10,6 +10,7 @@ use std::{
 
 use super::{AdapterError, LoadLimits, LoraAdapter, check_base};
 use crate::model::{Decoder, ModelConfig};
+use crate::text::{TextError, Tokenizer};
 
 /// Longest name, in bytes.
 const NAME_BYTES_LIMIT: usize = 256;
@@ -23,10 +24,23 @@ pub struct AdapterVersion {
     pub version: u64,
     /// The weights.
     pub adapter: Arc<LoraAdapter>,
+    /// The tokenizer of its folder, if it has tokens of its own: texts for it are split by this one.
+    pub tokenizer: Option<Arc<Tokenizer>>,
     /// The folder that it was read from; its content may have changed since.
     pub path: PathBuf,
     /// Unix seconds.
     pub loaded_at: u64,
+}
+
+impl AdapterVersion {
+    /// The tokenizer for texts to and from `adapter`: its own, or `base`.
+    #[must_use]
+    pub fn tokenizer_of<'a>(
+        adapter: Option<&'a Arc<Self>>,
+        base: &'a Arc<Tokenizer>,
+    ) -> &'a Arc<Tokenizer> {
+        adapter.and_then(|version| version.tokenizer.as_ref()).unwrap_or(base)
+    }
 }
 
 /// Name -> current version. Shared by the HTTP floor; a request resolves its name once and keeps
@@ -74,7 +88,8 @@ impl AdapterRegistry {
         self
     }
 
-    /// The same for the base itself, whose fingerprint is computed once a card names one.
+    /// The same for the base itself, whose fingerprint is computed once a card names one, and for which
+    /// adapters are prepared while they are loaded rather than at their first request.
     #[must_use]
     pub fn with_base(mut self, decoder: &Arc<Decoder>) -> Self {
         self.base = Base::Decoder(Arc::clone(decoder));
@@ -124,7 +139,11 @@ impl AdapterRegistry {
             Base::Decoder(decoder) => check_base(dir, || decoder.fingerprint())?,
         }
         let adapter = LoraAdapter::read_within(dir, &self.model, false, &self.limits)?;
+        if let Base::Decoder(decoder) = &self.base {
+            adapter.prepare(decoder)?;
+        }
         Ok(AdapterVersion {
+            tokenizer: own_tokenizer(&adapter, dir)?,
             name: name.to_owned(),
             version: 0,
             adapter: Arc::new(adapter),
@@ -187,6 +206,21 @@ impl AdapterRegistry {
             slots.remove(name);
         }
     }
+}
+
+/// The tokenizer beside an adapter that has rows of the embedding; one for the base is not held twice.
+fn own_tokenizer(
+    adapter: &LoraAdapter,
+    dir: &Path,
+) -> Result<Option<Arc<Tokenizer>>, AdapterError> {
+    if !adapter.has_own_tokens() || !dir.join("tokenizer.json").exists() {
+        return Ok(None);
+    }
+    let malformed = |error: TextError| AdapterError::MalformedFile {
+        path: dir.to_owned(),
+        detail: error.to_string(),
+    };
+    Ok(Some(Arc::new(Tokenizer::from_dir(dir).map_err(malformed)?)))
 }
 
 fn check_name(name: &str) -> Result<(), AdapterError> {

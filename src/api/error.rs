@@ -285,6 +285,7 @@ impl From<TextError> for ApiError {
             | TextError::Encode { .. }
             | TextError::Decode { .. }
             | TextError::TemplateSyntax { .. }
+            | TextError::NewToken { .. }
             | TextError::NotAMessage { .. }
             | TextError::ReservedVariable { .. } => Self::internal(error),
         }

@@ -189,7 +189,8 @@ fn engine_config(args: &ServeArgs, model: &ModelConfig) -> anyhow::Result<Engine
     let memory = args.kv_cache_memory.as_deref().unwrap_or(DEFAULT_KV_CACHE_MEMORY);
     let bytes = parse_bytes(memory).context("--kv-cache-memory")?;
     let max_num_seqs = args.max_num_seqs.unwrap_or(EngineConfig::DEFAULT_MAX_NUM_SEQS);
-    let mut config = EngineConfig::for_model(model, max_num_seqs, bytes);
+    let kv_dtype = args.kv_dtype.unwrap_or_default();
+    let mut config = EngineConfig::for_cache(model, max_num_seqs, bytes, kv_dtype);
     if let Some(len) = args.max_model_len {
         let limit = config.max_sequence_len();
         ensure!(

@@ -8,6 +8,7 @@ use super::{
     RequestOptions, SamplingParams,
 };
 use crate::adapters::AdapterVersion;
+use crate::model::KvDtype;
 
 /// How long to wait where the engine has no place for another request.
 const PATIENCE: Duration = Duration::from_millis(20);
@@ -33,13 +34,20 @@ pub struct Parity {
 }
 
 impl Parity {
-    /// Largest difference that rounding can explain.
-    pub const TOLERANCE: f64 = 1e-3;
+    /// Largest difference that rounding can explain, that of keys and values in an engine's cache included.
+    #[must_use]
+    pub fn tolerance(kv_dtype: KvDtype) -> f64 {
+        match kv_dtype {
+            KvDtype::F32 => 1e-3,
+            KvDtype::Bf16 => 0.2,
+            KvDtype::Int8 => 0.5,
+        }
+    }
 
     /// Whether rounding can explain what was found.
     #[must_use]
-    pub fn is_close(&self) -> bool {
-        self.max_difference <= Self::TOLERANCE
+    pub fn is_close(&self, kv_dtype: KvDtype) -> bool {
+        self.max_difference <= Self::tolerance(kv_dtype)
     }
 }
 

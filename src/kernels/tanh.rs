@@ -24,7 +24,7 @@ pub(super) unsafe fn tanh<S: Simd>(x: S::V) -> S::V {
         let square = S::mul(x, x);
         let mut p = S::splat(-2.760_768_5e-16);
         for c in [
-            2.000_187_9e-13,
+            2.000_188e-13,
             -8.604_672e-11,
             5.122_297e-8,
             1.485_722_4e-5,
@@ -34,7 +34,7 @@ pub(super) unsafe fn tanh<S: Simd>(x: S::V) -> S::V {
             p = S::fma(p, square, S::splat(c));
         }
         let mut q = S::splat(1.198_258_4e-6);
-        for c in [1.185_347_1e-4, 2.268_434_6e-3, 4.893_525_2e-3] {
+        for c in [1.185_347_1e-4, 2.268_434_6e-3, 4.893_525e-3] {
             q = S::fma(q, square, S::splat(c));
         }
         S::div(S::mul(x, p), q)

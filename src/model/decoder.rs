@@ -7,16 +7,14 @@ use safetensors::View;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ModelConfig, ModelError, Projection, Step,
+    DeltaRows, ModelConfig, ModelError, Projection, Site, Step, Table,
     layer::{Layer, LayerContext, Linear, work},
     norm::Norm,
+    tables,
     training::with_noise,
     weights::{Parameters, RandomWeights, SafetensorsFolder, Source},
 };
 use crate::ops::{
-    cross_entropy::capped_cross_entropy,
-    embedding::embedding,
-    linear::linear,
     profile::{self, Op},
     rope::Angles,
     soft_cap::soft_cap,
@@ -288,6 +286,26 @@ impl Decoder {
         named
     }
 
+    /// Weight and bias of a projection.
+    ///
+    /// # Panics
+    /// Where the model has no such layer.
+    #[must_use]
+    pub fn projection(&self, site: Site) -> (&Weight, Option<&Tensor>) {
+        let Linear { weight, bias } =
+            &self.layers[site.layer].projections[site.projection as usize];
+        (weight, bias.as_ref())
+    }
+
+    /// The embedding or the head, `[vocab, hidden]`; one matrix if they are tied.
+    #[must_use]
+    pub fn table(&self, table: Table) -> &Weight {
+        match table {
+            Table::Embedding => &self.embedding,
+            Table::Head => self.head(),
+        }
+    }
+
     /// Logits of the step's `logit_rows`, `[rows, vocab]`, f32.
     ///
     /// # Errors
@@ -295,7 +313,7 @@ impl Decoder {
     pub fn forward(&self, step: &Step<'_>) -> Result<Tensor, ModelError> {
         let hidden = select(&self.hidden(step)?, step.logit_rows)?;
         let _time = profile::time(Op::Head).work(|| work(&hidden, self.head()));
-        let logits = linear(&hidden, self.head(), None)?;
+        let logits = tables::logits(self.head(), &hidden, step.logit_rows, step.deltas)?;
         Ok(match self.config.logit_soft_cap {
             Some(cap) => soft_cap(&logits, cap)?,
             None => logits,
@@ -315,7 +333,7 @@ impl Decoder {
             deltas: step.deltas,
             dropout: step.dropout,
         };
-        let x = embedding(&self.embedding, step.tokens)?;
+        let x = tables::embed(&self.embedding, step.tokens, step.deltas)?;
         let mut x = with_noise(x, step)?;
         if self.config.embedding_scale != 1.0 {
             x = (x * self.config.embedding_scale)?;
@@ -338,8 +356,22 @@ impl Decoder {
         rows: &[u32],
         targets: &[u32],
     ) -> Result<Tensor, ModelError> {
+        self.token_losses_of(hidden, rows, targets, &[])
+    }
+
+    /// [`Self::token_losses`] under the heads of the adapters in `deltas`, as they were in the step.
+    ///
+    /// # Errors
+    /// As [`Self::token_losses`].
+    pub fn token_losses_of(
+        &self,
+        hidden: &Tensor,
+        rows: &[u32],
+        targets: &[u32],
+        deltas: &[DeltaRows],
+    ) -> Result<Tensor, ModelError> {
         let (hidden, cap) = (select(hidden, rows)?, self.config.logit_soft_cap);
-        Ok(capped_cross_entropy(&hidden, self.head(), targets, cap)?)
+        tables::losses(self.head(), (&hidden, cap), (rows, targets), deltas)
     }
 
     pub(super) fn head(&self) -> &Weight {

@@ -3,9 +3,9 @@
 use candle_core::Tensor;
 
 use super::{
-    DeltaRows, Dropout, ModelConfig, ModelError, Projection, Site,
+    DeltaRows, Dropout, ModelConfig, ModelError, Projected, Projection, Site,
     kv_cache::attention_shape,
-    norm::{Norms, maybe},
+    norm::{Norms, maybe, maybe_heads},
     step::Layout,
     weights::Parameters,
 };
@@ -91,8 +91,8 @@ impl Layer {
         let q = self.project(Projection::Q, &normed, context)?;
         let k = self.project(Projection::K, &normed, context)?;
         let v = self.project(Projection::V, &normed, context)?;
-        let q = self.norms.query.as_ref().map_or(Ok(q.clone()), |norm| norm.forward_heads(&q))?;
-        let k = self.norms.key.as_ref().map_or(Ok(k.clone()), |norm| norm.forward_heads(&k))?;
+        let q = maybe_heads(self.norms.query.as_ref(), q)?;
+        let k = maybe_heads(self.norms.key.as_ref(), k)?;
         // 2. Positions.
         let (q, k) = (rope(&q, context.angles)?, rope(&k, context.angles)?);
         // 3. Attention, within the sequences or over the cache.
@@ -127,8 +127,9 @@ impl Layer {
         let mut out = linear(x, weight, bias.as_ref())?;
         drop(timer);
         let site = Site { layer: self.index, projection };
-        // 1. Nothing is tracked: all adapters' rows at once, in place.
-        if !out.track_op() && context.deltas.iter().all(|rows| rows.delta.is_frozen()) {
+        let frozen = !out.track_op() && context.deltas.iter().all(|rows| rows.delta.is_frozen());
+        // 1. Nothing is tracked: the sums of all adapters' rows at once, in place.
+        if frozen {
             let part = |DeltaRows { rows, delta }: &DeltaRows| {
                 Some((rows.clone(), delta.part(site)?.clone()))
             };
@@ -136,11 +137,13 @@ impl Layer {
             if !segments.is_empty() {
                 add_in_place(&out, x, segments)?;
             }
-            return Ok(out);
         }
-        // 2. Training: one after the other, with a graph.
+        // 2. Training, with a graph, and what is more than a sum: one after the other.
+        let at = Projected { site, weight, bias: bias.as_ref(), input: x };
         for DeltaRows { rows, delta } in context.deltas {
-            out = delta.apply(site, x, out, rows.clone(), context.dropout)?;
+            if !frozen || delta.part(site).is_none() {
+                out = delta.apply(&at, out, rows.clone(), context.dropout)?;
+            }
         }
         Ok(out)
     }

@@ -35,12 +35,6 @@ impl Norm {
         }
         Ok(rms_norm(x, &(&self.weight + self.offset)?, self.eps)?)
     }
-
-    /// Each head of `x [rows, heads * size]` by itself.
-    pub(super) fn forward_heads(&self, x: &Tensor) -> Result<Tensor, ModelError> {
-        let heads = x.reshape(((), self.weight.dims1()?))?;
-        Ok(self.forward(&heads)?.reshape(x.shape())?)
-    }
 }
 
 /// The norms of one layer.
@@ -94,7 +88,17 @@ impl Norms {
     }
 }
 
+/// Each head of `x [rows, heads * size]` by itself through a norm of rows of `size`, where there is one.
+pub(super) fn maybe_heads(norm: Option<&Norm>, x: Tensor) -> Result<Tensor, ModelError> {
+    let Some(norm) = norm else { return Ok(x) };
+    let heads = x.reshape(((), norm.weight.dims1()?))?;
+    Ok(norm.forward(&heads)?.reshape(x.shape())?)
+}
+
 /// `x` through a norm, where there is one.
 pub(super) fn maybe(norm: Option<&Norm>, x: Tensor) -> Result<Tensor, ModelError> {
-    norm.map_or(Ok(x.clone()), |norm| norm.forward(&x))
+    match norm {
+        Some(norm) => norm.forward(&x),
+        None => Ok(x),
+    }
 }

@@ -63,9 +63,10 @@ pub fn paged_attention(
 /// Bytes that are read of keys and values, each once a sequence, and operations on them.
 fn paged_work(spans: &[PagedSpan], shape: AttentionShape, element_bytes: usize) -> (usize, usize) {
     let (mut positions, mut pairs) = (0, 0);
+    let seen = |positions: usize| shape.window.map_or(positions, |window| positions.min(window));
     for PagedSpan { rows, first_position, .. } in spans {
-        positions += first_position + rows.len();
-        pairs += rows.len() * (first_position + rows.len().div_ceil(2));
+        positions += seen(*first_position) + rows.len();
+        pairs += rows.len() * seen(first_position + rows.len().div_ceil(2));
     }
     let bytes = 2 * positions * shape.kv_heads * shape.head_dim * element_bytes;
     (bytes, 4 * pairs * shape.heads * shape.head_dim)

@@ -8,6 +8,7 @@ use candle_core::{CpuStorage, CustomOp3, InplaceOp2, Layout, Result, Shape, Tens
 use super::{
     profile::{Op, time},
     storage::{f32_slice, mismatch, tensor, with_f32},
+    weight::Weight,
 };
 use crate::kernels::{LoraSegment, MatmulJob, PackedWeight, WeightForm, add_lora, best, linear};
 
@@ -51,6 +52,33 @@ impl LoraPart {
             })
         };
         Ok(Self { a: pack(a)?, b: pack(b)?, scale: narrow(scale) })
+    }
+
+    /// `A [rank, in]` and `B [out, rank]` as they were packed.
+    ///
+    /// # Errors
+    /// Where there is no memory for them.
+    pub fn matrices(&self) -> Result<[Tensor; 2]> {
+        let unpack = |packed: &Arc<PackedWeight>| Weight::Packed(Arc::clone(packed)).to_tensor();
+        Ok([unpack(&self.a)?, unpack(&self.b)?])
+    }
+
+    /// Elements of A and of B.
+    #[must_use]
+    pub fn num_elements(&self) -> usize {
+        [&self.a, &self.b].map(|packed| packed.shape().iter().product::<usize>()).iter().sum()
+    }
+
+    /// Bytes of both in memory.
+    #[must_use]
+    pub fn num_bytes(&self) -> usize {
+        self.a.num_bytes() + self.b.num_bytes()
+    }
+
+    /// Rows of A.
+    #[must_use]
+    pub fn rank(&self) -> usize {
+        self.a.shape()[0]
     }
 }
 

@@ -11,6 +11,7 @@
 pub mod add;
 pub mod attention;
 pub mod cross_entropy;
+pub mod dora;
 pub mod dropout;
 pub mod embedding;
 pub mod gated_mlp;
@@ -18,6 +19,7 @@ pub mod linear;
 pub mod lora;
 pub mod mean_row;
 pub mod noise;
+pub mod own_rows;
 pub mod profile;
 pub mod rms_norm;
 pub mod rope;

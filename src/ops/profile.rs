@@ -118,17 +118,20 @@ impl Cell {
     }
 }
 
+/// Somebody has asked; the next step turns it on.
+static IS_WANTED: AtomicBool = AtomicBool::new(false);
 static IS_ON: AtomicBool = AtomicBool::new(false);
 static CELLS: [Cell; Op::ALL.len()] = [const { Cell::new() }; Op::ALL.len()];
 
-/// Begins anew.
+/// Begins anew, with the next [`Op::Step`]: a step that has begun is not noted in part.
 pub fn start() {
     stop();
-    IS_ON.store(true, Relaxed);
+    IS_WANTED.store(true, Relaxed);
 }
 
 /// Ends, and returns what was noted since [`start`], in the order of [`Op::ALL`].
 pub fn stop() -> Vec<(Op, OpTotal)> {
+    IS_WANTED.store(false, Relaxed);
     IS_ON.store(false, Relaxed);
     let take = |cell: &Cell| OpTotal {
         calls: cell.calls.swap(0, Relaxed),
@@ -145,6 +148,9 @@ pub struct Timer(Option<(Op, Instant)>);
 
 /// Times `op`, if somebody profiles.
 pub fn time(op: Op) -> Timer {
+    if op == Op::Step && IS_WANTED.load(Relaxed) {
+        IS_ON.store(true, Relaxed);
+    }
     Timer(IS_ON.load(Relaxed).then(|| (op, Instant::now())))
 }
 
@@ -179,8 +185,11 @@ mod tests {
     fn what_runs_between_start_and_stop_is_noted_and_nothing_else() {
         drop(time(Op::Rope).work(|| (1, 1)));
         start();
+        drop(time(Op::Rope).work(|| (100, 100))); // In the middle of a step.
+        let step = time(Op::Step);
         drop(time(Op::Rope).work(|| (3, 4)));
         drop(time(Op::Rope));
+        drop(step);
         let noted = stop();
         drop(time(Op::Rope));
         let (op, total) = noted[Op::Rope as usize];

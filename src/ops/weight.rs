@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Error, Result, Tensor};
 
+use super::storage::with_f32;
 use crate::kernels::{PackedWeight, WeightForm};
 
 /// Unpacked weights held at a time.
@@ -105,6 +106,30 @@ impl Weight {
                 let shape = packed.shape().to_vec();
                 Tensor::from_raw_buffer(&packed.unpack(), self.dtype(), &shape, &Device::Cpu)
             }
+        }
+    }
+
+    /// Lets `body` read rows as f32: it gets a function that fills a slice with whole rows from a row on.
+    ///
+    /// # Errors
+    /// Those of `body`; a plain matrix that is not f32.
+    pub(super) fn with_rows<T>(
+        &self,
+        op: &'static str,
+        body: impl FnOnce(&(dyn Fn(usize, &mut [f32]) + Send + Sync)) -> Result<T>,
+    ) -> Result<T> {
+        let columns = self.dims2()?.1;
+        match self {
+            Self::Plain(tensor) => with_f32(tensor, op, |values| {
+                body(&|first, to: &mut [f32]| {
+                    to.copy_from_slice(&values[first * columns..][..to.len()]);
+                })
+            }),
+            Self::Packed(packed) => body(&|first, to: &mut [f32]| {
+                for (index, row) in to.chunks_exact_mut(columns).enumerate() {
+                    packed.row(first + index, row);
+                }
+            }),
         }
     }
 

@@ -1,6 +1,6 @@
 //! What a training run is asked to do, checked once at the door.
 
-use std::{fmt, path::PathBuf};
+use std::{collections::BTreeMap, fmt, path::PathBuf};
 
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
@@ -54,6 +54,24 @@ pub struct TrainConfig {
     pub targets: Targets,
     /// Scale by alpha / sqrt(r).
     pub rslora: bool,
+    /// How A and B change a projection: `lora`, or `dora` with a trained length for each row.
+    pub variant: String,
+    /// Ranks of some modules: a regular expression for the end of a module's path -> rank.
+    pub rank_pattern: Map<String, Value>,
+    /// Alphas of some modules, likewise.
+    pub alpha_pattern: Map<String, Value>,
+    /// Layers that get an adapter, from 0; none named: all.
+    pub layers: Vec<usize>,
+    /// Modules that get none, by the end of their path.
+    pub exclude: Vec<String>,
+    /// Tables that are trained whole: `embed_tokens`, `lm_head`.
+    pub modules_to_save: Vec<String>,
+    /// Tokens, by their id, whose rows of the tables are trained.
+    pub train_tokens: Vec<u32>,
+    /// Tokens that the tokenizer gets, or a file with one on each line; their rows are trained.
+    pub new_tokens: NewTokens,
+    /// Tokens whose rows start as the mean of others' rows: what `new_tokens` were written with before.
+    pub token_starts: BTreeMap<u32, Vec<u32>>,
     /// An adapter folder to start from instead of a fresh one.
     pub init_adapter: Option<PathBuf>,
     /// Peak learning rate; the default depends on the method, see [`TrainConfig::learning_rate`].
@@ -100,6 +118,18 @@ pub struct TrainConfig {
     pub epoch_dir: Option<PathBuf>,
     /// Adapters that are kept there: the newest.
     pub keep_epochs: usize,
+    /// End the run when the validation loss has not become better for so many validations.
+    pub early_stopping_patience: Option<usize>,
+    /// By how much a validation loss must be below the best to count as better there.
+    pub early_stopping_threshold: f64,
+    /// Publish what was trained when the validation loss was lowest, instead of the last.
+    pub keep_best: bool,
+    /// Publish the last as well, as `<output>.last`.
+    pub keep_last: bool,
+    /// Values of settings of which every combination is trained over the one base: key -> values.
+    pub sweep: BTreeMap<String, Vec<Value>>,
+    /// Leave the worse half of a sweep behind at halves, quarters, ... of the way.
+    pub sweep_halving: bool,
     /// Warn when the loss was above three times its median for so many steps; 0 = never.
     pub spike_steps: usize,
     /// End the run there instead.
@@ -203,6 +233,11 @@ pub enum WeightDtype {
     Bf16,
 }
 
+/// New tokens, or one file that has them: a list or a text with commas.
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+#[serde(transparent)]
+pub struct NewTokens(pub Vec<String>);
+
 /// Projections named by the user: `all-linear`, one name or a list.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(transparent)]
@@ -231,6 +266,15 @@ impl Default for TrainConfig {
             dropout: 0.0,
             targets: Targets(vec!["all-linear".to_owned()]),
             rslora: false,
+            variant: "lora".to_owned(),
+            rank_pattern: Map::new(),
+            alpha_pattern: Map::new(),
+            layers: Vec::new(),
+            exclude: Vec::new(),
+            modules_to_save: Vec::new(),
+            train_tokens: Vec::new(),
+            new_tokens: NewTokens::default(),
+            token_starts: BTreeMap::new(),
             init_adapter: None,
             lr: None,
             schedule: ScheduleKind::Linear,
@@ -254,6 +298,12 @@ impl Default for TrainConfig {
             samples: 4,
             epoch_dir: None,
             keep_epochs: 3,
+            early_stopping_patience: None,
+            early_stopping_threshold: 0.0,
+            keep_best: false,
+            keep_last: false,
+            sweep: BTreeMap::new(),
+            sweep_halving: false,
             spike_steps: 5,
             stop_on_spike: false,
             parity_examples: 0,
@@ -285,6 +335,11 @@ const FREE_KEYS: &[&str] = &[
     "samples",
     "epoch_dir",
     "keep_epochs",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+    "keep_last",
+    "sweep",
+    "sweep_halving",
     "spike_steps",
     "stop_on_spike",
     "parity_examples",
@@ -337,11 +392,32 @@ impl TrainConfig {
         require(self.valid_batch != Some(0), "valid_batch", &0, "at least 1")?;
         require(self.keep_epochs > 0, "keep_epochs", &0, "at least 1")?;
         self.check_objective()?;
+        self.check_choice()?;
         self.targets.projections()?;
         let adapter_only = self.method == Method::Lora || self.init_adapter.is_none();
         require(adapter_only, "init_adapter", &"set", "unset with method full")?;
+        let own_rows = !self.modules_to_save.is_empty() || !self.train_tokens.is_empty();
+        let value = "modules_to_save or train_tokens";
+        let trained = self.method == Method::Lora || !own_rows;
+        require(trained, "method", &value, "lora where single tables are trained")?;
         let exact_only = self.method == Method::Lora || self.quantize == Quantization::None;
         require(exact_only, "quantize", &self.quantize, "none with method full")
+    }
+
+    fn check_choice(&self) -> Result<(), TrainError> {
+        let patience = self.early_stopping_patience;
+        require(patience != Some(0), "early_stopping_patience", &0, "at least 1")?;
+        let threshold = self.early_stopping_threshold;
+        let allowed = "0 or more";
+        let holds = threshold.is_finite() && threshold >= 0.0;
+        require(holds, "early_stopping_threshold", &threshold, allowed)?;
+        require(self.keep_best || !self.keep_last, "keep_last", &true, "unset without keep_best")?;
+        let sweeps = !self.sweep.is_empty();
+        require(sweeps || !self.sweep_halving, "sweep_halving", &true, "unset without sweep")?;
+        let adapter = self.method == Method::Lora;
+        require(adapter || !sweeps, "sweep", &"set", "unset with method full")?;
+        let plain = self.epoch_dir.is_none() && self.time_limit.is_none();
+        require(plain || !sweeps, "sweep", &"set", "unset with epoch_dir or time_limit")
     }
 
     fn check_objective(&self) -> Result<(), TrainError> {
@@ -411,6 +487,14 @@ impl TrainConfig {
             dropout: self.dropout,
             targets: self.targets.projections()?,
             use_rslora: self.rslora,
+            variant: self.variant.clone(),
+            rank_pattern: self.rank_pattern.clone(),
+            alpha_pattern: self.alpha_pattern.clone(),
+            layers: self.layers.clone(),
+            exclude: self.exclude.clone(),
+            modules_to_save: self.modules_to_save.clone(),
+            token_ids: self.train_tokens.clone(),
+            token_starts: self.token_starts.clone(),
         })
     }
 
@@ -455,19 +539,29 @@ impl Targets {
 }
 
 impl<'de> Deserialize<'de> for Targets {
-    /// A list of names, or one string with the names separated by commas.
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(untagged)]
-        enum OneOrMany {
-            One(String),
-            Many(Vec<String>),
-        }
-        Ok(Self(match OneOrMany::deserialize(deserializer)? {
-            OneOrMany::Many(names) => names,
-            OneOrMany::One(names) => names.split(',').map(|name| name.trim().to_owned()).collect(),
-        }))
+        names(deserializer).map(Self)
     }
+}
+
+impl<'de> Deserialize<'de> for NewTokens {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        names(deserializer).map(Self)
+    }
+}
+
+/// A list of names, or one string with the names separated by commas.
+fn names<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum OneOrMany {
+        One(String),
+        Many(Vec<String>),
+    }
+    Ok(match OneOrMany::deserialize(deserializer)? {
+        OneOrMany::Many(names) => names,
+        OneOrMany::One(names) => names.split(',').map(|name| name.trim().to_owned()).collect(),
+    })
 }
 
 impl From<LossTokens> for LossOn {

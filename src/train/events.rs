@@ -109,6 +109,41 @@ pub enum TrainEvent {
         /// Its folder.
         path: PathBuf,
     },
+    /// The run waits at a step border, its state in a checkpoint.
+    Paused {
+        /// Steps made.
+        step: usize,
+    },
+    /// It goes on.
+    Continued {
+        /// Steps made.
+        step: usize,
+        /// How long it has waited.
+        seconds: f64,
+    },
+    /// With `keep_best`: what is published is what was trained after this step.
+    Best {
+        /// Steps made before the best validation.
+        step: usize,
+        /// Its loss.
+        loss: f64,
+    },
+    /// Of a sweep: this candidate is the next to be trained. Not in the candidate's own log.
+    Candidate {
+        /// Its name.
+        name: String,
+        /// The steps up to which it is trained now.
+        until: usize,
+    },
+    /// Of a sweep: this candidate is not trained any further. Not in the candidate's own log.
+    Eliminated {
+        /// Its name.
+        name: String,
+        /// Steps made.
+        step: usize,
+        /// Its validation loss; `None` if it has failed.
+        loss: Option<f64>,
+    },
     /// The run was asked to stop; a checkpoint waits for `resume`.
     Stopped {
         /// Steps made.

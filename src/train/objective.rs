@@ -13,7 +13,7 @@ use std::{
 use candle_core::{DType, Device, Tensor};
 
 use super::{
-    LossTokens, MicroBatch, Objective, Rewards, TrainConfig, TrainError,
+    LossTokens, MicroBatch, Objective, Rewards, TrainConfig, TrainError, TrainJob,
     batches::split_by_tokens,
     preference::{self, Contribution},
     trainable::Trainable,
@@ -220,9 +220,25 @@ fn number(scalar: &Tensor) -> Result<f64, TrainError> {
     Ok(scalar.to_dtype(DType::F64)?.to_scalar()?)
 }
 
+/// What the adapter at the start says of training and validation pairs, where the objective compares
+/// with it; `model` has its parameters of the start.
+pub(super) fn references(
+    model: &Trainable,
+    workers: &Workers,
+    job: &TrainJob,
+    stop: &AtomicBool,
+) -> Result<(Vec<PairLogProbs>, Vec<PairLogProbs>), TrainError> {
+    if job.config.objective != Objective::Dpo {
+        return Ok((Vec::new(), Vec::new()));
+    }
+    let limit = job.config.micro_batch_tokens;
+    let of = |examples| reference(model, workers, examples, limit, stop);
+    Ok((of(&job.train)?, of(&job.valid)?))
+}
+
 /// What the adapter at the start says of every pair of `examples`; without dropout. Ends early when
 /// `stop` is set: the run then makes no step.
-pub(super) fn reference(
+fn reference(
     model: &Trainable,
     workers: &Workers,
     examples: &[Example],

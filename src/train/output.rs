@@ -96,6 +96,9 @@ pub(super) fn publish(run: &Finished<'_>, output: &Path) -> Result<String, Train
                 disk::copy(&from, &dir.join(name))?;
             }
         }
+        for (name, content) in &run.job.companions {
+            disk::write(&dir.join(name), content)?;
+        }
         disk::write(&dir.join(EVENTS_FILE), run.log.text())?;
         if let Some(parity) = &run.parity {
             disk::write(&dir.join(PARITY_FILE), parity)?;
@@ -119,6 +122,7 @@ pub(super) fn read_summary(output: &Path) -> Option<TrainSummary> {
         outcome: Outcome::Finished,
         step,
         total_steps: usize::try_from(result["total_steps"].as_u64()?).ok()?,
+        best_step: result["best_step"].as_u64().and_then(|step| usize::try_from(step).ok()),
         loss: result["loss"].as_f64(),
         valid: valid["loss"].as_f64().zip(valid["token_accuracy"].as_f64()),
         path: output.to_owned(),
@@ -198,6 +202,7 @@ fn card(run: &Finished<'_>, digest: &str) -> AdapterCard {
             "result": {
                 "step": run.step,
                 "total_steps": run.total_steps,
+                "best_step": report::best_step(run.log.events()),
                 "loss": report::last_loss(run.log.events()),
                 "valid": valid,
                 "seconds": run.seconds,

@@ -44,7 +44,6 @@ impl MicroBatchLoss {
 impl Trainable {
     /// Loads the base and makes (or reads) what is trained over it.
     pub(super) fn load(dir: &Path, config: &TrainConfig) -> Result<Self, TrainError> {
-        let label_smoothing = config.label_smoothing;
         if config.method == Method::Full {
             let from_random = !has_weights(dir)?;
             let decoder = if from_random {
@@ -53,14 +52,25 @@ impl Trainable {
                 Decoder::load(dir, WeightMode::Trainable)?
             };
             let decoder = Arc::new(decoder);
+            let label_smoothing = config.label_smoothing;
             return Ok(Self { decoder, adapter: None, from_random, label_smoothing });
         }
-        let decoder = Decoder::load(dir, config.quantize.into())?;
+        Self::over(Arc::new(Decoder::load(dir, config.quantize.into())?), config)
+    }
+
+    /// Makes (or reads) the adapter that is trained over a base that is loaded already.
+    pub(super) fn over(decoder: Arc<Decoder>, config: &TrainConfig) -> Result<Self, TrainError> {
+        let label_smoothing = config.label_smoothing;
+        let wanted = config.lora()?;
         let adapter = match &config.init_adapter {
-            Some(adapter) => LoraAdapter::read(adapter, decoder.config(), true)?,
-            None => LoraAdapter::fresh(&config.lora()?, decoder.config(), config.seed)?,
+            Some(dir) => {
+                let adapter = LoraAdapter::read(dir, decoder.config(), true)?;
+                adapter.check_continues(&wanted, &TrainConfig::default().lora()?)?;
+                adapter
+            }
+            None => LoraAdapter::fresh_on(&wanted, &decoder, config.seed)?,
         };
-        let (decoder, adapter) = (Arc::new(decoder), Some(Arc::new(adapter)));
+        let adapter = Some(Arc::new(adapter));
         Ok(Self { decoder, adapter, from_random: false, label_smoothing })
     }
 
@@ -97,7 +107,7 @@ impl Trainable {
             logit_rows: &[],
             dropout,
         })?;
-        let losses = self.decoder.token_losses(&hidden, &batch.rows, &batch.targets)?; // [2, n]
+        let losses = self.decoder.token_losses_of(&hidden, &batch.rows, &batch.targets, &deltas)?; // [2, n]
         let correct = losses.get(1)?.detach().to_dtype(DType::F64)?.sum_all()?;
         Ok(MicroBatchLoss { nll: losses.get(0)?, num_correct: correct.to_scalar()?, hidden })
     }

@@ -1,5 +1,11 @@
 //! The loop.
 
+mod advance;
+mod best;
+mod pause;
+
+pub(super) use advance::{Position, Turn};
+
 use std::{
     path::PathBuf,
     sync::atomic::{AtomicBool, Ordering},
@@ -7,10 +13,10 @@ use std::{
 };
 
 use super::{
-    AdamW, AdamWConfig, BatchPlan, Candidate, EventLog, Examination, Examiner, Gradients,
-    Objective, Outcome, Schedule, Scored, TrainConfig, TrainError, TrainEvent, TrainJob,
+    AdamW, AdamWConfig, Base, BatchPlan, Candidate, EventLog, Examination, Examiner, Gradients,
+    Outcome, Schedule, Scored, Surroundings, TrainConfig, TrainError, TrainEvent, TrainJob,
     TrainSummary, checkpoint, clip_factor, epochs,
-    objective::{PairLogProbs, Part, Sums, parts, reference},
+    objective::{PairLogProbs, Part, Sums, parts, references},
     output, parity,
     recipe::Recipe,
     report,
@@ -48,17 +54,17 @@ pub fn run(
     observer: &mut dyn FnMut(&TrainEvent),
     stop: &AtomicBool,
 ) -> Result<TrainSummary, TrainError> {
-    run_examined(job, observer, None, stop)
+    run_with(job, observer, Surroundings::default(), stop)
 }
 
-/// [`run`], with an examiner who is asked at validations and before the output is published.
+/// [`run`], with somebody who examines what is trained, and with a pause.
 ///
 /// # Errors
 /// Every [`TrainError`].
-pub fn run_examined<'a>(
+pub fn run_with<'a>(
     job: &'a TrainJob,
     observer: &'a mut dyn FnMut(&TrainEvent),
-    examiner: Option<&'a mut dyn Examiner>,
+    surroundings: Surroundings<'a>,
     stop: &AtomicBool,
 ) -> Result<TrainSummary, TrainError> {
     job.config.validate()?;
@@ -68,8 +74,9 @@ pub fn run_examined<'a>(
         return Ok(summary);
     }
     let workspace = Workspace::open(&job.config.output)?;
-    let mut trainer = Trainer::new(job, Some(workspace), observer, stop)?;
-    trainer.examiner = examiner;
+    let mut trainer = Trainer::new(job, Some(workspace), observer, None, stop)?;
+    trainer.examiner = surroundings.examiner;
+    trainer.pause = surroundings.pause;
     let outcome = trainer.train(stop)?;
     if outcome == Outcome::Stopped {
         return trainer.stop();
@@ -89,7 +96,7 @@ pub fn rehearse(
     stop: &AtomicBool,
 ) -> Result<(), TrainError> {
     job.config.validate()?;
-    let mut trainer = Trainer::new(job, None, observer, stop)?;
+    let mut trainer = Trainer::new(job, None, observer, None, stop)?;
     while trainer.step < num_steps.min(trainer.schedule.total_steps) && trainer.make_step(stop)? {}
     Ok(())
 }
@@ -100,6 +107,10 @@ struct Trainer<'a> {
     observer: &'a mut dyn FnMut(&TrainEvent),
     /// Who can serve what is trained, if anybody.
     examiner: Option<&'a mut dyn Examiner>,
+    /// While it is true, the run waits.
+    pause: Option<&'a AtomicBool>,
+    /// The steps after which it goes no further for now.
+    until: usize,
     /// Where things are written; `None` in a rehearsal.
     workspace: Option<Workspace>,
     model: Trainable,
@@ -127,11 +138,16 @@ impl<'a> Trainer<'a> {
         job: &'a TrainJob,
         workspace: Option<Workspace>,
         observer: &'a mut dyn FnMut(&TrainEvent),
+        base: Option<&Base>,
         stop: &AtomicBool,
     ) -> Result<Self, TrainError> {
         let started = Instant::now();
         let config = &job.config;
-        let model = Trainable::load(&job.model_dir, config)?;
+        best::check(job)?;
+        let model = match base {
+            Some(base) => base.trainable(config)?,
+            None => Trainable::load(&job.model_dir, config)?,
+        };
         check_examples(job, model.decoder.config().vocab_size)?;
         if workspace.is_some() {
             epochs::prepare(config)?;
@@ -139,12 +155,10 @@ impl<'a> Trainer<'a> {
         let workers = Workers::new(num_workers(model.decoder.num_parameters()))?;
         // Before a checkpoint is read: the parameters are still those of the start, so a resumed run
         // compares with the same numbers.
-        let mut at_start = (Vec::new(), Vec::new());
-        if config.objective == Objective::Dpo {
-            let limit = config.micro_batch_tokens;
-            at_start.0 = reference(&model, &workers, &job.train, limit, stop)?;
-            at_start.1 = reference(&model, &workers, &job.valid, limit, stop)?;
-        }
+        let at_start = match base {
+            Some(base) => base.references(&model, &workers, job, stop)?,
+            None => references(&model, &workers, job, stop)?,
+        };
         let plan = BatchPlan {
             num_examples: job.train.len(),
             batch_size: config.batch_size,
@@ -179,6 +193,8 @@ impl<'a> Trainer<'a> {
             job,
             observer,
             examiner: None,
+            pause: None,
+            until: total_steps,
             workspace,
             model,
             optimizer,
@@ -200,7 +216,8 @@ impl<'a> Trainer<'a> {
     fn train(&mut self, stop: &AtomicBool) -> Result<Outcome, TrainError> {
         let config = &self.job.config;
         let limit = config.time_limit.map(|minutes| Duration::from_secs_f64(minutes * 60.0));
-        while self.step < self.schedule.total_steps {
+        while self.step < self.until {
+            self.wait_while_paused(stop)?;
             if limit.is_some_and(|limit| self.started.elapsed() >= limit) {
                 return Ok(Outcome::TimeLimit);
             }
@@ -217,6 +234,9 @@ impl<'a> Trainer<'a> {
                 && !at_end
             {
                 self.validate(false)?;
+            }
+            if self.weigh()? {
+                return Ok(Outcome::EarlyStopped);
             }
             let (made, step) = self.last_checkpoint;
             let overdue = made.elapsed() >= Duration::from_secs(config.checkpoint_seconds);
@@ -454,6 +474,7 @@ impl<'a> Trainer<'a> {
     fn publish(mut self, outcome: Outcome) -> Result<TrainSummary, TrainError> {
         self.validate_fully()?;
         self.end_epoch()?;
+        self.restore_best(outcome)?;
         let config = &self.job.config;
         let compared = if self.examiner.is_some() { NUM_COMPARED } else { 0 };
         let wanted = self.job.valid.iter().chain(&self.job.train);
@@ -495,6 +516,7 @@ impl<'a> Trainer<'a> {
             outcome,
             step: self.step,
             total_steps: self.schedule.total_steps,
+            best_step: report::best_step(self.log.events()),
             loss: report::last_loss(self.log.events()),
             valid: report::last_validation(self.log.events()),
             path,
@@ -559,6 +581,15 @@ fn check_examples(job: &TrainJob, vocab_size: usize) -> Result<(), TrainError> {
         return Err(TrainError::NoExamples("an example has no trained token"));
     }
     Ok(())
+}
+
+/// Optimizer steps of the whole run of `job`.
+pub(super) fn total_steps_of(job: &TrainJob) -> usize {
+    let TrainConfig { batch_size, micro_batch_tokens, seed, shuffle, epochs, max_steps, .. } =
+        job.config;
+    let num_examples = job.train.len();
+    let plan = BatchPlan { num_examples, batch_size, micro_batch_tokens, seed, shuffle };
+    total_steps(&plan, epochs, max_steps)
 }
 
 fn total_steps(plan: &BatchPlan, epochs: f64, max_steps: Option<usize>) -> usize {

@@ -14,6 +14,7 @@ use crate::engine::{
     parity::{self, Parity, TrainedSequence},
 };
 use crate::eval::{Arm, EvalReport, Runner, arms::TUNED, graders, report::Metadata};
+use crate::model::KvDtype;
 use crate::text::{ChatTemplate, Tokenizer};
 use crate::train::{Candidate, Examination, Examiner, Generated, Scored};
 
@@ -71,10 +72,10 @@ impl EngineExaminer {
             let parity = served.compare(candidate.scored)?;
             let Parity { max_difference, num_tokens } = parity;
             ensure!(
-                parity.is_close(),
+                parity.is_close(KvDtype::F32),
                 "served log-probabilities differ from training by up to {max_difference:.1e} over \
                  {num_tokens} tokens, more than {:.0e}",
-                Parity::TOLERANCE
+                Parity::tolerance(KvDtype::F32)
             );
             examination.max_difference = (num_tokens > 0).then_some(max_difference);
             examination.num_tokens = num_tokens;

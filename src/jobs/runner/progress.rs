@@ -108,6 +108,11 @@ impl<'a> Progress<'a> {
             | TrainEvent::Warning { .. }
             | TrainEvent::Generated { .. }
             | TrainEvent::Parity { .. }
+            | TrainEvent::Paused { .. }
+            | TrainEvent::Continued { .. }
+            | TrainEvent::Best { .. }
+            | TrainEvent::Candidate { .. }
+            | TrainEvent::Eliminated { .. }
             | TrainEvent::Published { .. } => {}
         }
     }
