@@ -77,6 +77,7 @@ pub(super) struct Engine<M> {
     counts_prefixes: bool,
     pace: Pace,
     guessing: Guessing,
+    max_guesses: usize,
     stats: Arc<EngineStats>,
 }
 
@@ -96,6 +97,7 @@ impl<M: StepModel> Engine<M> {
             counts_prefixes: config.prefix_cache,
             pace,
             guessing: Guessing::new(),
+            max_guesses: config.speculate,
             stats,
         }
     }
@@ -144,7 +146,7 @@ impl<M: StepModel> Engine<M> {
         let running = self.scheduler.running().iter();
         let running = running.map(|s| (s.num_remaining_tokens(), s.num_cached_tokens()));
         let num_decodes = running.clone().filter(|(remaining, _)| *remaining == 1).count();
-        let max_guess_rows = self.guessing.best_rows(num_decodes);
+        let max_guess_rows = self.guessing.best_rows(num_decodes, self.max_guesses);
         let plan = self.scheduler.schedule(self.pace.max_rows(running), max_guess_rows);
         self.publish();
         if plan.is_empty() {

@@ -50,11 +50,12 @@ impl Guessing {
         self.steps[num_rows] = Some((last + NEWEST * (newest - last), 0));
     }
 
-    /// Rows that a step of `num_decodes` sequences should have.
-    pub(super) fn best_rows(&self, num_decodes: usize) -> usize {
+    /// Rows that a step of `num_decodes` sequences should have, each with at most `max_guesses`.
+    pub(super) fn best_rows(&self, num_decodes: usize, max_guesses: usize) -> usize {
         // What was not measured is taken to be free, so that it is tried.
         let (mut seconds, mut best) = (0.0_f64, (0.0, num_decodes));
-        for num_rows in num_decodes..=MAX_ROWS {
+        let most = num_decodes.saturating_mul(1 + max_guesses).min(MAX_ROWS);
+        for num_rows in num_decodes..=most {
             seconds = self.steps[num_rows].map_or(seconds, |(measured, _)| measured.max(seconds));
             let tokens = num_decodes as f64 + self.share * (num_rows - num_decodes) as f64;
             let rate = tokens / seconds.max(f64::MIN_POSITIVE);
@@ -75,7 +76,7 @@ mod tests {
         let mut guessing = Guessing::new();
         let mut rows = num_decodes;
         for _ in 0..200 {
-            rows = guessing.best_rows(num_decodes);
+            rows = guessing.best_rows(num_decodes, 99);
             let num_guesses = (rows - num_decodes) as u64 * 10;
             let time = Duration::from_millis(milliseconds(rows));
             guessing.observe(rows, time, (num_guesses, num_guesses * share / 100));
@@ -97,16 +98,26 @@ mod tests {
     }
 
     #[test]
+    fn rows_that_nobody_can_fill_are_not_taken_to_be_free() {
+        let mut guessing = Guessing::new();
+        for rows in 1..=3 {
+            guessing.observe(rows, Duration::from_secs(rows as u64), (0, 0));
+        }
+        assert_eq!(guessing.best_rows(1, 2), 1);
+        assert_eq!(guessing.best_rows(1, 0), 1);
+    }
+
+    #[test]
     fn a_measurement_is_made_again_after_a_while() {
         let mut guessing = Guessing::new();
         guessing.observe(1, Duration::from_millis(30), (0, 0));
         for rows in 2..=MAX_ROWS {
             guessing.observe(rows, Duration::from_secs(9), (0, 0)); // The machine was busy.
         }
-        assert_eq!(guessing.best_rows(1), 1);
+        assert_eq!(guessing.best_rows(1, 99), 1);
         for _ in 0..MAX_AGE {
             guessing.observe(1, Duration::from_millis(30), (0, 0));
         }
-        assert_eq!(guessing.best_rows(1), MAX_ROWS);
+        assert_eq!(guessing.best_rows(1, 99), MAX_ROWS);
     }
 }
