@@ -13,6 +13,7 @@ use super::{
 };
 use crate::model::{Delta, Dropout, ModelConfig, ModelError, Projection, Site};
 use crate::ops::{
+    adapted_linear::TrainedLora,
     dropout::dropout,
     lora::{self, LoraPart},
 };
@@ -220,6 +221,14 @@ impl Delta for LoraAdapter {
 
     fn part(&self, site: Site) -> Option<&LoraPart> {
         self.parts.get(&site)
+    }
+
+    fn trained(&self, site: Site, dropout: Option<Dropout>) -> Option<TrainedLora> {
+        let LoraModule { a, b, scale, .. } =
+            self.modules.get(&site).filter(|_| !self.parts.contains_key(&site))?;
+        let dropout =
+            dropout.map(|Dropout { probability, seed }| (probability, site_seed(seed, site)));
+        Some(TrainedLora { a: a.clone(), b: b.clone(), scale: *scale, dropout })
     }
 
     fn is_frozen(&self) -> bool {

@@ -70,7 +70,7 @@ impl FromStr for Quantization {
 pub struct Decoder {
     config: ModelConfig,
     embedding: Weight,
-    layers: Vec<Layer>,
+    pub(super) layers: Vec<Layer>,
     norm: Tensor,
     /// `None`: tied to the embedding.
     head: Option<Weight>,
@@ -262,19 +262,33 @@ impl Decoder {
     /// # Errors
     /// As [`Self::forward`].
     pub fn hidden(&self, step: &Step<'_>) -> Result<Tensor, ModelError> {
-        let angles = Angles::new(&step.positions()?, &self.inverse_frequencies);
-        let layout = step.layout()?;
+        let (angles, layout) = (self.angles(step)?, step.layout()?);
         let context = LayerContext {
             angles: &angles,
             layout: &layout,
             deltas: step.deltas,
             dropout: step.dropout,
         };
-        let mut x = embedding(&self.embedding, step.tokens)?;
+        let mut x = self.embed(step)?;
         for layer in &self.layers {
             x = layer.forward(&x, &context)?;
         }
-        Ok(rms_norm(&x, &self.norm, self.config.rms_norm_eps)?)
+        self.final_norm(&x)
+    }
+
+    /// Cosines and sines of the step's positions.
+    pub(super) fn angles(&self, step: &Step<'_>) -> Result<Angles, ModelError> {
+        Ok(Angles::new(&step.positions()?, &self.inverse_frequencies))
+    }
+
+    /// What the first layer takes, `[tokens, hidden]`, f32.
+    pub(super) fn embed(&self, step: &Step<'_>) -> Result<Tensor, ModelError> {
+        Ok(embedding(&self.embedding, step.tokens)?)
+    }
+
+    /// The norm behind the last layer.
+    pub(super) fn final_norm(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        Ok(rms_norm(x, &self.norm, self.config.rms_norm_eps)?)
     }
 
     /// Losses of some rows of [`Self::hidden`] against `targets`; whole logits are never held.

@@ -5,7 +5,7 @@ use std::{ops::Range, sync::Arc};
 use candle_core::Tensor;
 
 use super::ModelError;
-use crate::ops::lora::LoraPart;
+use crate::ops::{adapted_linear::TrainedLora, lora::LoraPart};
 
 /// The linear layers that an adapter may change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -97,6 +97,13 @@ pub trait Delta: Send + Sync {
     /// What the adapter adds at `site`, so that the rows of many adapters are done at once; `None` where
     /// it has no part there. Asked only if [`Self::is_frozen`].
     fn part(&self, site: Site) -> Option<&LoraPart>;
+
+    /// The matrices that are trained at `site`, where they are plain LoRA, so that projection and adapter
+    /// become one operation. `None`: [`Self::apply`] does it.
+    fn trained(&self, site: Site, dropout: Option<Dropout>) -> Option<TrainedLora> {
+        let _ = (site, dropout);
+        None
+    }
 
     /// Whether nobody trains the adapter.
     fn is_frozen(&self) -> bool;

@@ -8,6 +8,7 @@ use super::{
 };
 use crate::kernels::AttentionShape;
 use crate::ops::{
+    adapted_linear::adapted_linear,
     add::add,
     attention::{Panel, attention, paged_attention, write_cache},
     gated_mlp::silu_mul,
@@ -120,8 +121,15 @@ impl Layer {
         context: &LayerContext<'_>,
     ) -> Result<Tensor, ModelError> {
         let Linear { weight, bias } = &self.projections[projection as usize];
-        let mut out = linear(x, weight, bias.as_ref())?;
         let site = Site { layer: self.index, projection };
+        // Training one adapter over a frozen weight, as one operation.
+        if let (Weight::Packed(weight), [DeltaRows { rows, delta }]) = (weight, context.deltas)
+            && *rows == (0..x.dim(0)?)
+            && let Some(lora) = delta.trained(site, context.dropout)
+        {
+            return Ok(adapted_linear(x, weight, bias.as_ref(), &lora)?);
+        }
+        let mut out = linear(x, weight, bias.as_ref())?;
         // 1. Nothing is tracked: all adapters' rows at once, in place.
         if !out.track_op() && context.deltas.iter().all(|rows| rows.delta.is_frozen()) {
             let part = |DeltaRows { rows, delta }: &DeltaRows| {

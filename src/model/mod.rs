@@ -10,6 +10,7 @@ mod delta;
 mod error;
 mod kv_cache;
 mod layer;
+mod layered;
 mod step;
 mod weights;
 
@@ -19,4 +20,5 @@ pub use decoder::{Decoder, Quantization, WeightMode};
 pub use delta::{Delta, DeltaRows, Dropout, Projection, Site};
 pub use error::ModelError;
 pub use kv_cache::KvCache;
+pub use layered::{LayeredPass, Recompute};
 pub use step::{Step, StepSequence};

@@ -8,6 +8,7 @@
 //!
 //! Knows tensors and kernels. Must never know layers, families, requests or text.
 
+pub mod adapted_linear;
 pub mod add;
 pub mod attention;
 pub mod cross_entropy;
@@ -18,5 +19,6 @@ pub mod linear;
 pub mod lora;
 pub mod rms_norm;
 pub mod rope;
+pub mod seed;
 mod storage;
 pub mod weight;

@@ -11,11 +11,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use candle_core::{Device, Tensor};
 
 use super::{
-    MicroBatch, Objective, Rewards, TrainConfig, TrainError, batches::split_by_tokens,
-    trainable::Trainable, workers::Workers,
+    MicroBatch, Objective, Rewards, TrainConfig, TrainError,
+    batches::split_by_tokens,
+    trainable::{MicroBatchLoss, Trainable},
+    workers::Workers,
 };
 use crate::data::Example;
-use crate::model::Dropout;
 
 /// Log-probabilities of the two answers of a pair.
 pub(super) type PairLogProbs = [f64; 2];
@@ -80,14 +81,12 @@ impl Part {
         }
     }
 
-    /// The forward pass: the sums, and a scalar whose gradient is that of the summed loss.
+    /// Of the batch's `losses` the sums, and a scalar whose gradient is that of the summed loss.
     pub(super) fn loss(
         &self,
-        model: &Trainable,
+        losses: &MicroBatchLoss,
         config: &TrainConfig,
-        dropout: Option<Dropout>,
     ) -> Result<(Sums, Tensor), TrainError> {
-        let losses = model.forward(&self.batch, dropout)?;
         let num_units = self.num_units(config.objective);
         if config.objective == Objective::Sft {
             let sum = losses.sum()?;
@@ -114,7 +113,7 @@ impl Part {
             .flat_map(|(num_rows, slope)| std::iter::repeat_n(slope as f32, num_rows))
             .collect();
         let weights = Tensor::from_vec(weights, self.batch.rows.len(), &Device::Cpu)?;
-        Ok((sums, (losses.nll * weights)?.sum_all()?))
+        Ok((sums, (&losses.nll * weights)?.sum_all()?))
     }
 }
 
@@ -135,7 +134,7 @@ pub(super) fn reference(
             return Ok(Vec::new());
         }
         let batch = MicroBatch::new(&examples[run.clone()]);
-        Ok(pair_log_probs(&batch, &model.forward(&batch, None)?.values()?))
+        Ok(pair_log_probs(&batch, &model.forward(&batch)?.values()?))
     };
     workers.in_order(&runs, log_probs, |pairs| {
         all.extend(pairs);

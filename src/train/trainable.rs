@@ -6,7 +6,10 @@ use candle_core::{DType, Tensor, Var};
 
 use super::{Method, MicroBatch, TrainConfig, TrainError};
 use crate::adapters::LoraAdapter;
-use crate::model::{Decoder, DeltaRows, Dropout, ModelConfig, Step, StepSequence, WeightMode};
+use crate::model::{
+    Decoder, DeltaRows, Dropout, LayeredPass, ModelConfig, ModelError, Recompute, Step,
+    StepSequence, WeightMode,
+};
 
 /// A decoder with parameters to train.
 pub(super) struct Trainable {
@@ -66,12 +69,32 @@ impl Trainable {
         }
     }
 
-    /// One forward pass. `batch` has at least one trained token.
-    pub(super) fn forward(
+    /// One forward pass of which no gradient is wanted, without dropout. `batch` has at least one trained
+    /// token.
+    pub(super) fn forward(&self, batch: &MicroBatch) -> Result<MicroBatchLoss, TrainError> {
+        let hidden = self.with_step(batch, None, |step| self.decoder.hidden_untracked(step))?;
+        self.losses(&hidden, batch)
+    }
+
+    /// One forward pass, and what its backward pass goes on from. `batch` has at least one trained token.
+    pub(super) fn forward_to_train(
         &self,
         batch: &MicroBatch,
         dropout: Option<Dropout>,
-    ) -> Result<MicroBatchLoss, TrainError> {
+        recompute: Recompute,
+    ) -> Result<(MicroBatchLoss, LayeredPass<'_>), TrainError> {
+        let pass = self.with_step(batch, dropout, |step| self.decoder.layered(step, recompute))?;
+        let losses = self.losses(&pass.hidden()?, batch)?;
+        Ok((losses, pass))
+    }
+
+    /// Calls `body` with the step that `batch` is.
+    fn with_step<T>(
+        &self,
+        batch: &MicroBatch,
+        dropout: Option<Dropout>,
+        body: impl FnOnce(&Step<'_>) -> Result<T, ModelError>,
+    ) -> Result<T, TrainError> {
         let whole = |&num_tokens: &usize| StepSequence {
             num_tokens,
             num_cached_tokens: 0,
@@ -83,15 +106,18 @@ impl Trainable {
             delta: Arc::clone(adapter) as _,
         };
         let deltas: Vec<_> = self.adapter.iter().map(on_all_rows).collect();
-        let hidden = self.decoder.hidden(&Step {
+        Ok(body(&Step {
             tokens: &batch.tokens,
             sequences: &sequences,
             cache: None,
             deltas: &deltas,
             logit_rows: &[],
             dropout,
-        })?;
-        let losses = self.decoder.token_losses(&hidden, &batch.rows, &batch.targets)?; // [2, n]
+        })?)
+    }
+
+    fn losses(&self, hidden: &Tensor, batch: &MicroBatch) -> Result<MicroBatchLoss, TrainError> {
+        let losses = self.decoder.token_losses(hidden, &batch.rows, &batch.targets)?; // [2, n]
         let correct = losses.get(1)?.detach().to_dtype(DType::F64)?.sum_all()?;
         Ok(MicroBatchLoss { nll: losses.get(0)?, num_correct: correct.to_scalar()? })
     }

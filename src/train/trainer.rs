@@ -23,7 +23,7 @@ use super::{
     workspace::Workspace,
 };
 use crate::data::Example;
-use crate::model::Dropout;
+use crate::model::{Dropout, Recompute};
 
 /// Models with more parameters than this keep all cores busy with one micro-batch.
 const MAX_PARALLEL_PARAMETERS: usize = 60_000_000;
@@ -241,13 +241,18 @@ impl<'a> Trainer<'a> {
         self.gradients.clear();
         let (mut sums, mut stopped) = (Sums::default(), false);
         let (model, parameters) = (&self.model, self.optimizer.parameters());
+        let recompute =
+            if std::env::var("RECOMPUTE").is_ok() { Recompute::Block } else { Recompute::None };
         let forward_and_backward = |index: usize, part: &Part| {
             if stop.load(Ordering::Relaxed) {
                 return Ok(None);
             }
-            let (sums, loss) = part.loss(model, config, dropout(config, step, index))?;
-            let scaled = (loss / num_units as f64)?;
-            Ok(Some((sums, scaled.backward()?)))
+            let dropout = dropout(config, step, index);
+            let (losses, pass) = model.forward_to_train(&part.batch, dropout, recompute)?;
+            let (sums, loss) = part.loss(&losses, config)?;
+            drop(losses);
+            let of_loss = (loss / num_units as f64)?.backward()?;
+            Ok(Some((sums, pass.backward(of_loss)?)))
         };
         self.workers.in_order(&parts, forward_and_backward, |result| {
             let Some((of_part, store)) = result else {
