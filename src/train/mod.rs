@@ -14,6 +14,7 @@ mod examiner;
 mod objective;
 mod optimizer;
 mod output;
+mod packing;
 mod parity;
 mod recipe;
 mod report;
@@ -29,10 +30,13 @@ use std::{io, path::PathBuf};
 pub use backward::{Gradients, clip_factor};
 pub use batches::{BatchPlan, MicroBatch, split_by_tokens};
 pub use checkpoint::{Checkpoint, newest_checkpoint, write_checkpoint};
-pub use config::{LossTokens, Method, Objective, ScheduleKind, Targets, TrainConfig, WeightDtype};
+pub use config::{
+    LossTokens, Method, Objective, RecomputeChoice, ScheduleKind, Targets, TrainConfig, WeightDtype,
+};
 pub use events::{EventLog, Rewards, TrainEvent};
 pub use examiner::{Candidate, Examination, Examiner, Generated, Scored};
 pub use optimizer::{AdamW, AdamWConfig, Moments};
+pub use packing::{Packing, pack};
 pub use recipe::Recipe;
 pub use report::loss_curve_svg;
 pub use schedule::{Schedule, warmup_steps};

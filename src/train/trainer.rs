@@ -23,7 +23,7 @@ use super::{
     workspace::Workspace,
 };
 use crate::data::Example;
-use crate::model::{Dropout, Recompute};
+use crate::model::Dropout;
 
 /// Models with more parameters than this keep all cores busy with one micro-batch.
 const MAX_PARALLEL_PARAMETERS: usize = 60_000_000;
@@ -145,13 +145,7 @@ impl<'a> Trainer<'a> {
             at_start.0 = reference(&model, &workers, &job.train, limit, stop)?;
             at_start.1 = reference(&model, &workers, &job.valid, limit, stop)?;
         }
-        let plan = BatchPlan {
-            num_examples: job.train.len(),
-            batch_size: config.batch_size,
-            micro_batch_tokens: config.micro_batch_tokens,
-            seed: config.seed,
-            shuffle: config.shuffle,
-        };
+        let plan = BatchPlan::new(config, &job.train);
         let total_steps = total_steps(&plan, config.epochs, config.max_steps);
         let schedule = Schedule {
             kind: config.schedule,
