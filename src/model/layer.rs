@@ -3,18 +3,21 @@
 use candle_core::Tensor;
 
 use super::{
-    DeltaRows, Dropout, ModelConfig, ModelError, Projection, Site, kv_cache::attention_shape,
-    step::Layout, weights::Parameters,
+    DeltaRows, Dropout, ModelConfig, ModelError, Projected, Projection, Site,
+    kv_cache::attention_shape,
+    norm::{Norms, maybe, maybe_heads},
+    step::Layout,
+    weights::Parameters,
 };
-use crate::kernels::AttentionShape;
+use crate::kernels::{AttentionShape, KvSide};
 use crate::ops::{
     adapted_linear::adapted_linear,
     add::add,
-    attention::{Panel, attention, paged_attention, write_cache},
-    gated_mlp::silu_mul,
+    attention::{attention, paged_attention, write_cache},
+    gated_mlp::{Activation, gated_mul},
     linear::linear,
     lora::add_in_place,
-    rms_norm::rms_norm,
+    profile::{self, Op},
     rope::{Angles, rope},
     weight::Weight,
 };
@@ -36,12 +39,11 @@ pub(super) struct LayerContext<'a> {
 /// One decoder layer.
 pub(super) struct Layer {
     pub(super) index: usize,
-    pub(super) input_norm: Tensor,
-    pub(super) post_attention_norm: Tensor,
+    pub(super) norms: Norms,
     /// In the order of [`Projection::ALL`].
     pub(super) projections: Vec<Linear>,
     pub(super) shape: AttentionShape,
-    pub(super) eps: f64,
+    pub(super) activation: Activation,
 }
 
 impl Layer {
@@ -70,15 +72,12 @@ impl Layer {
             };
             projections.push(Linear { weight, bias });
         }
-        let mut norm =
-            |name: &str| parameters.vector(&format!("{prefix}.{name}.weight"), config.hidden_size);
         Ok(Self {
             index,
-            input_norm: norm("input_layernorm")?,
-            post_attention_norm: norm("post_attention_layernorm")?,
+            norms: Norms::build(config, &prefix, parameters)?,
             projections,
-            shape: attention_shape(config),
-            eps: config.rms_norm_eps,
+            shape: attention_shape(config, index),
+            activation: config.activation,
         })
     }
 
@@ -89,10 +88,12 @@ impl Layer {
         context: &LayerContext<'_>,
     ) -> Result<Tensor, ModelError> {
         // 1. Queries, keys and values of the normed input.
-        let normed = rms_norm(x, &self.input_norm, self.eps)?;
+        let normed = self.norms.attention_input.forward(x)?;
         let q = self.project(Projection::Q, &normed, context)?;
         let k = self.project(Projection::K, &normed, context)?;
         let v = self.project(Projection::V, &normed, context)?;
+        let q = maybe_heads(self.norms.query.as_ref(), q)?;
+        let k = maybe_heads(self.norms.key.as_ref(), k)?;
         // 2. Positions.
         let (q, k) = (rope(&q, context.angles)?, rope(&k, context.angles)?);
         // 3. Attention, within the sequences or over the cache.
@@ -100,18 +101,20 @@ impl Layer {
             Layout::Whole(sequences) => attention(&q, &k, &v, self.shape, sequences)?,
             Layout::Paged { cache, slots, spans } => {
                 let (keys, values) = &cache.layers[self.index];
-                write_cache(keys, Panel::Keys, &k, self.shape, slots)?;
-                write_cache(values, Panel::Values, &v, self.shape, slots)?;
+                write_cache(keys, KvSide::Keys, &k, self.shape, slots)?;
+                write_cache(values, KvSide::Values, &v, self.shape, slots)?;
                 paged_attention(&q, (keys, values), self.shape, spans)?
             }
         };
-        let x = add(x, &self.project(Projection::O, &attended, context)?)?;
+        let attended = self.project(Projection::O, &attended, context)?;
+        let x = add(x, &maybe(self.norms.attention_output.as_ref(), attended)?)?;
         // 4. The gated feed-forward of the normed sum.
-        let normed = rms_norm(&x, &self.post_attention_norm, self.eps)?;
+        let normed = self.norms.mlp_input.forward(&x)?;
         let gate = self.project(Projection::Gate, &normed, context)?;
         let up = self.project(Projection::Up, &normed, context)?;
-        let down = self.project(Projection::Down, &silu_mul(&gate, &up)?, context)?;
-        Ok(add(&x, &down)?)
+        let gated = gated_mul(self.activation, &gate, &up)?;
+        let down = self.project(Projection::Down, &gated, context)?;
+        Ok(add(&x, &maybe(self.norms.mlp_output.as_ref(), down)?)?)
     }
 
     fn project(
@@ -122,16 +125,19 @@ impl Layer {
     ) -> Result<Tensor, ModelError> {
         let Linear { weight, bias } = &self.projections[projection as usize];
         let site = Site { layer: self.index, projection };
+        let timer = profile::time(op_of(projection)).work(|| work(x, weight));
         // Training one adapter over a frozen weight, as one operation.
-        if let (Weight::Packed(weight), [DeltaRows { rows, delta }]) = (weight, context.deltas)
+        if let (Weight::Packed(packed), [DeltaRows { rows, delta }]) = (weight, context.deltas)
             && *rows == (0..x.dim(0)?)
-            && let Some(lora) = delta.trained(site, context.dropout)
+            && let Some(lora) = delta.trained(site, context.dropout)?
         {
-            return Ok(adapted_linear(x, weight, bias.as_ref(), &lora)?);
+            return Ok(adapted_linear(x, packed, bias.as_ref(), &lora)?);
         }
         let mut out = linear(x, weight, bias.as_ref())?;
-        // 1. Nothing is tracked: all adapters' rows at once, in place.
-        if !out.track_op() && context.deltas.iter().all(|rows| rows.delta.is_frozen()) {
+        drop(timer);
+        let frozen = !out.track_op() && context.deltas.iter().all(|rows| rows.delta.is_frozen());
+        // 1. Nothing is tracked: the sums of all adapters' rows at once, in place.
+        if frozen {
             let part = |DeltaRows { rows, delta }: &DeltaRows| {
                 Some((rows.clone(), delta.part(site)?.clone()))
             };
@@ -139,12 +145,29 @@ impl Layer {
             if !segments.is_empty() {
                 add_in_place(&out, x, segments)?;
             }
-            return Ok(out);
         }
-        // 2. Training: one after the other, with a graph.
+        // 2. Training, with a graph, and what is more than a sum: one after the other.
+        let at = Projected { site, weight, bias: bias.as_ref(), input: x };
         for DeltaRows { rows, delta } in context.deltas {
-            out = delta.apply(site, x, out, rows.clone(), context.dropout)?;
+            if !frozen || delta.part(site).is_none() {
+                out = delta.apply(&at, out, rows.clone(), context.dropout)?;
+            }
         }
         Ok(out)
     }
+}
+
+/// The part of a step that a projection belongs to.
+fn op_of(projection: Projection) -> Op {
+    match projection {
+        Projection::Q | Projection::K | Projection::V => Op::Qkv,
+        Projection::O => Op::Output,
+        Projection::Gate | Projection::Up => Op::GateUp,
+        Projection::Down => Op::Down,
+    }
+}
+
+/// Bytes and operations of a product with `weight`.
+pub(super) fn work(x: &Tensor, weight: &Weight) -> (usize, usize) {
+    (weight.num_bytes(), 2 * x.dims()[0] * weight.elem_count())
 }

@@ -55,7 +55,7 @@ pub(super) fn mask(x: &mut [f32], probability: f32, seed: u64) {
 
 /// Number `index` in `[0, 1)` of the sequence that SplitMix64 (Steele et al. 2014) makes from `seed`.
 #[allow(clippy::cast_precision_loss)]
-fn uniform(seed: u64, index: u64) -> f32 {
+pub(super) fn uniform(seed: u64, index: u64) -> f32 {
     let mut z = seed.wrapping_add((index + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);

@@ -7,8 +7,8 @@ use candle_core::{DType, Tensor, Var};
 use super::{Method, MicroBatch, TrainConfig, TrainError};
 use crate::adapters::LoraAdapter;
 use crate::model::{
-    Decoder, DeltaRows, Dropout, LayeredPass, ModelConfig, ModelError, Recompute, Step,
-    StepSequence, WeightMode,
+    Decoder, DeltaRows, Dropout, LayeredPass, ModelConfig, Recompute, Step, StepSequence,
+    WeightMode,
 };
 
 /// A decoder with parameters to train.
@@ -18,6 +18,8 @@ pub(super) struct Trainable {
     pub(super) adapter: Option<Arc<LoraAdapter>>,
     /// Whether the weights are random ones of `seed` instead of a checkpoint's.
     pub(super) from_random: bool,
+    /// Share of the loss that asks for all tokens alike.
+    label_smoothing: f64,
 }
 
 /// Losses of one micro-batch.
@@ -26,6 +28,8 @@ pub(super) struct MicroBatchLoss {
     pub(super) nll: Tensor,
     /// Trained tokens that were the arg max.
     pub(super) num_correct: f64,
+    /// What the losses were computed from. `[tokens, hidden]`
+    hidden: Tensor,
 }
 
 impl MicroBatchLoss {
@@ -50,15 +54,27 @@ impl Trainable {
             } else {
                 Decoder::load(dir, WeightMode::Trainable)?
             };
-            return Ok(Self { decoder: Arc::new(decoder), adapter: None, from_random });
+            let decoder = Arc::new(decoder);
+            let label_smoothing = config.label_smoothing;
+            return Ok(Self { decoder, adapter: None, from_random, label_smoothing });
         }
-        let decoder = Decoder::load(dir, config.quantize.into())?;
+        Self::over(Arc::new(Decoder::load(dir, config.quantize.into())?), config)
+    }
+
+    /// Makes (or reads) the adapter that is trained over a base that is loaded already.
+    pub(super) fn over(decoder: Arc<Decoder>, config: &TrainConfig) -> Result<Self, TrainError> {
+        let label_smoothing = config.label_smoothing;
+        let wanted = config.lora()?;
         let adapter = match &config.init_adapter {
-            Some(adapter) => LoraAdapter::read(adapter, decoder.config(), true)?,
-            None => LoraAdapter::fresh(&config.lora()?, decoder.config(), config.seed)?,
+            Some(dir) => {
+                let adapter = LoraAdapter::read(dir, decoder.config(), true)?;
+                adapter.check_continues(&wanted, &TrainConfig::default().lora()?)?;
+                adapter
+            }
+            None => LoraAdapter::fresh_on(&wanted, &decoder, config.seed)?,
         };
-        let (decoder, adapter) = (Arc::new(decoder), Some(Arc::new(adapter)));
-        Ok(Self { decoder, adapter, from_random: false })
+        let adapter = Some(Arc::new(adapter));
+        Ok(Self { decoder, adapter, from_random: false, label_smoothing })
     }
 
     /// What is trained, sorted by name.
@@ -72,8 +88,9 @@ impl Trainable {
     /// One forward pass of which no gradient is wanted, without dropout. `batch` has at least one trained
     /// token.
     pub(super) fn forward(&self, batch: &MicroBatch) -> Result<MicroBatchLoss, TrainError> {
-        let hidden = self.with_step(batch, None, |step| self.decoder.hidden_untracked(step))?;
-        self.losses(&hidden, batch)
+        self.with_step(batch, None, |step| {
+            self.losses(self.decoder.hidden_untracked(step)?, batch, step.deltas)
+        })
     }
 
     /// One forward pass, and what its backward pass goes on from. `batch` has at least one trained token.
@@ -83,9 +100,10 @@ impl Trainable {
         dropout: Option<Dropout>,
         recompute: Recompute,
     ) -> Result<(MicroBatchLoss, LayeredPass<'_>), TrainError> {
-        let pass = self.with_step(batch, dropout, |step| self.decoder.layered(step, recompute))?;
-        let losses = self.losses(&pass.hidden()?, batch)?;
-        Ok((losses, pass))
+        self.with_step(batch, dropout, |step| {
+            let pass = self.decoder.layered(step, recompute)?;
+            Ok((self.losses(pass.hidden()?, batch, step.deltas)?, pass))
+        })
     }
 
     /// Calls `body` with the step that `batch` is.
@@ -93,7 +111,7 @@ impl Trainable {
         &self,
         batch: &MicroBatch,
         dropout: Option<Dropout>,
-        body: impl FnOnce(&Step<'_>) -> Result<T, ModelError>,
+        body: impl FnOnce(&Step<'_>) -> Result<T, TrainError>,
     ) -> Result<T, TrainError> {
         let whole = |&num_tokens: &usize| StepSequence {
             num_tokens,
@@ -106,20 +124,44 @@ impl Trainable {
             delta: Arc::clone(adapter) as _,
         };
         let deltas: Vec<_> = self.adapter.iter().map(on_all_rows).collect();
-        Ok(body(&Step {
+        body(&Step {
             tokens: &batch.tokens,
             sequences: &sequences,
             cache: None,
             deltas: &deltas,
             logit_rows: &[],
             dropout,
-        })?)
+        })
     }
 
-    fn losses(&self, hidden: &Tensor, batch: &MicroBatch) -> Result<MicroBatchLoss, TrainError> {
-        let losses = self.decoder.token_losses(hidden, &batch.rows, &batch.targets)?; // [2, n]
+    fn losses(
+        &self,
+        hidden: Tensor,
+        batch: &MicroBatch,
+        deltas: &[DeltaRows],
+    ) -> Result<MicroBatchLoss, TrainError> {
+        let MicroBatch { rows, targets, .. } = batch;
+        let losses = self.decoder.token_losses_of(&hidden, rows, targets, deltas)?; // [2, n]
         let correct = losses.get(1)?.detach().to_dtype(DType::F64)?.sum_all()?;
-        Ok(MicroBatchLoss { nll: losses.get(0)?, num_correct: correct.to_scalar()? })
+        Ok(MicroBatchLoss { nll: losses.get(0)?, num_correct: correct.to_scalar()?, hidden })
+    }
+
+    /// The sum of the token losses with smoothed labels, differentiable. Scalar, f32.
+    ///
+    /// With a smoothing of e a token's loss is, as `transformers`' `LabelSmoother` has it, `1 - e` times
+    /// its own plus e times the mean loss of all tokens of the vocabulary, which is its own plus e times
+    /// the target's logit above the mean logit.
+    pub(super) fn smoothed(
+        &self,
+        losses: &MicroBatchLoss,
+        batch: &MicroBatch,
+    ) -> Result<Tensor, TrainError> {
+        let sum = losses.sum()?;
+        if self.label_smoothing == 0.0 {
+            return Ok(sum);
+        }
+        let above = self.decoder.logits_above_mean(&losses.hidden, &batch.rows, &batch.targets)?;
+        Ok((sum + (above.sum_all()? * self.label_smoothing)?)?)
     }
 }
 
