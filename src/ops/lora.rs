@@ -103,19 +103,19 @@ pub fn add_in_place(
 }
 
 #[allow(clippy::cast_possible_truncation)]
-fn narrow(scale: f64) -> f32 {
+pub(super) fn narrow(scale: f64) -> f32 {
     scale as f32
 }
 
 /// `x A^T`, `[rows, rank]`.
-fn shrink(x: &[f32], a: &[f32], (rank, in_features): (usize, usize)) -> Vec<f32> {
+pub(super) fn shrink(x: &[f32], a: &[f32], (rank, in_features): (usize, usize)) -> Vec<f32> {
     let mut hidden = vec![0.0; x.len() / in_features * rank];
     linear(best(), x, a, in_features, &mut hidden);
     hidden
 }
 
 /// `out [+]= scale * hidden B^T`.
-fn expand(
+pub(super) fn expand(
     hidden: &[f32],
     b: &[f32],
     rank: usize,

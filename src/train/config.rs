@@ -5,10 +5,10 @@ use std::{collections::BTreeMap, fmt, path::PathBuf};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
-use super::TrainError;
+use super::{Packing, TrainError};
 use crate::adapters::LoraConfig;
 use crate::data::{Columns, LossOn, Sources};
-use crate::model::{Projection, Quantization};
+use crate::model::{Projection, Quantization, Recompute};
 
 /// Everything a run can be told. The keys of a YAML file and the flags have these names.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -90,6 +90,12 @@ pub struct TrainConfig {
     pub batch_size: usize,
     /// Most tokens in one forward and backward pass (a longer single sequence passes alone).
     pub micro_batch_tokens: usize,
+    /// What the backward pass computes again instead of keeping it.
+    pub recompute: RecomputeChoice,
+    /// Which examples share a row of the batch.
+    pub packing: Packing,
+    /// Whether rows of similar lengths come in one step.
+    pub group_by_length: bool,
     /// Largest global L2 norm of the gradient; 0 = no clipping.
     pub grad_clip: f64,
     /// Decoupled weight decay; never on norms and biases.
@@ -199,6 +205,27 @@ pub enum PairLoss {
     Robust,
 }
 
+/// What of a layer is computed again in the backward pass. The numbers are the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RecomputeChoice {
+    /// Whatever the memory asks for; nothing where nobody has looked.
+    Auto,
+    /// Nothing: fastest.
+    None,
+    /// Everything: a layer's activations live only while it is passed.
+    Block,
+}
+
+impl From<RecomputeChoice> for Recompute {
+    fn from(choice: RecomputeChoice) -> Self {
+        match choice {
+            RecomputeChoice::Auto | RecomputeChoice::None => Self::None,
+            RecomputeChoice::Block => Self::Block,
+        }
+    }
+}
+
 /// How the learning rate changes after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -284,6 +311,9 @@ impl Default for TrainConfig {
             max_steps: None,
             batch_size: 8,
             micro_batch_tokens: 2048,
+            recompute: RecomputeChoice::Auto,
+            packing: Packing::None,
+            group_by_length: false,
             grad_clip: 1.0,
             weight_decay: 0.0,
             beta1: 0.9,
@@ -346,6 +376,7 @@ const FREE_KEYS: &[&str] = &[
     "checkpoint_every",
     "checkpoint_seconds",
     "time_limit",
+    "recompute",
     "threads",
     "resume",
     "overwrite",
@@ -446,6 +477,8 @@ impl TrainConfig {
             "0 with preferences; dpo has dpo_label_smoothing",
         )?;
         let adapter = self.method == Method::Lora;
+        let packed = self.packing == Packing::Bfd;
+        require(supervised || !packed, "packing", &"bfd", "none with preferences")?;
         let dpo = self.objective == Objective::Dpo;
         require(!dpo || adapter, "objective", &"dpo", "sft or orpo with method full")?;
         let (loss_on, allowed) = (self.loss_on, "assistant with objective dpo");
