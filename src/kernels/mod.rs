@@ -24,6 +24,7 @@ mod panels;
 mod portable;
 mod product;
 mod quant_product;
+mod quant_rows;
 mod quantize;
 mod rows;
 mod simd;
