@@ -2,16 +2,13 @@
 //! what this machine reads from memory and multiplies at best, measured in the same run.
 //!
 //! `cargo bench --bench kernels -- FILTER`, where the filter is part of a line's name (`896x4864`,
-//! `Bf16`, `attention`). Each number is the best of several short windows: on a shared machine the best
+//! `Bf16`). Each number is the best of several short windows: on a shared machine the best
 //! window is the one that measures the program, the others measure the neighbours.
 #![allow(clippy::cast_precision_loss, clippy::print_stdout, reason = "rounded numbers on a page")]
 
-use std::{hint::black_box, time::Duration, time::Instant};
+use std::time::{Duration, Instant};
 
-use rayon::prelude::*;
-use tunesmith::kernels::{
-    AttentionForward, AttentionShape, KvPanels, LANES, PackedWeight, QuerySpan, WeightForm, best,
-};
+use tunesmith::kernels::{PackedWeight, Roofline, WeightForm, best};
 
 /// Weights are cycled through so much memory, so that they do not come from a cache.
 const CYCLED_BYTES: usize = 256 << 20;
@@ -23,35 +20,27 @@ const ROWS: [usize; 6] = [1, 4, 8, 16, 64, 512];
 
 fn main() {
     let filter = std::env::args().skip(1).find(|arg| !arg.starts_with("--")).unwrap_or_default();
-    let bytes_per_second = read_bandwidth();
-    let flops = multiply_add_peak();
+    let limits = Roofline::measure();
     println!(
-        "{} kernels, {} threads; reads {:.1} GB/s, multiplies and adds {:.0} GFLOP/s",
+        "{} kernels, {} threads; reads {:.1} GB/s, multiplies and adds {:.0} GFLOP/s, {:.0} Gop/s in 8 bits",
         best().name,
         rayon::current_num_threads(),
-        bytes_per_second / 1e9,
-        flops / 1e9,
+        limits.bytes_per_second / 1e9,
+        limits.f32_per_second / 1e9,
+        limits.int8_per_second / 1e9,
     );
     for (inputs, outputs) in SHAPES {
         for form in [WeightForm::F32, WeightForm::Bf16, WeightForm::Int8, WeightForm::Int4] {
             let name = format!("{inputs}x{outputs} {form:?}");
             if name.contains(&filter) {
-                linear(&name, form, (inputs, outputs), bytes_per_second, flops);
+                linear(&name, form, (inputs, outputs), &limits);
             }
         }
     }
-    if "attention".contains(&filter) {
-        decode_attention();
-    }
 }
 
-fn linear(
-    name: &str,
-    form: WeightForm,
-    (inputs, outputs): (usize, usize),
-    bytes_per_second: f64,
-    flops: f64,
-) {
+fn linear(name: &str, form: WeightForm, (inputs, outputs): (usize, usize), limits: &Roofline) {
+    let peak = if form.is_exact() { limits.f32_per_second } else { limits.int8_per_second };
     let values: Vec<f32> = (0..inputs * outputs).map(noise).collect();
     let first = PackedWeight::from_f32(form, &values, inputs);
     let bytes = first.num_bytes();
@@ -73,99 +62,11 @@ fn linear(
             "{name:22} {rows:4} rows {:9.0} us {:6.1} GB/s ({:3.0} %) {:6.0} GFLOP/s ({:3.0} %)",
             seconds * 1e6,
             read / 1e9,
-            100.0 * read / bytes_per_second,
+            100.0 * read / limits.bytes_per_second,
             operations / 1e9,
-            100.0 * operations / flops,
+            100.0 * operations / peak,
         );
     }
-}
-
-/// One new token of a sequence with a thousand cached ones.
-fn decode_attention() {
-    let shape = AttentionShape { heads: 14, kv_heads: 2, head_dim: 64, scale: 0.125 };
-    let context = 1024;
-    let blocks: Vec<u32> = (0..).take(context / LANES).collect();
-    let keys: Vec<f32> = (0..blocks.len() * shape.key_block_len()).map(noise).collect();
-    let values: Vec<f32> = (0..blocks.len() * shape.value_block_len()).map(noise).collect();
-    let queries: Vec<f32> = (0..shape.heads * shape.head_dim).map(noise).collect();
-    let mut out = vec![0.0; queries.len()];
-    let seconds = best_seconds(|| {
-        let spans = [QuerySpan { rows: 0..1, first_position: context - 1, block_table: &blocks }];
-        let panels = KvPanels { keys: &keys, values: &values };
-        AttentionForward { shape, panels, queries: &queries, spans: &spans }.run(best(), &mut out);
-    });
-    println!("attention, 1 row on 1024: {:.1} us", seconds * 1e6);
-}
-
-/// Bytes a second that all threads read from memory.
-fn read_bandwidth() -> f64 {
-    let data = vec![1_u64; 1 << 26];
-    let seconds = best_seconds(|| {
-        let sums = data.par_chunks(1 << 20).with_max_len(1);
-        black_box(sums.map(|chunk| chunk.iter().fold(0_u64, |a, b| a.wrapping_add(*b))).max());
-    });
-    (data.len() * size_of::<u64>()) as f64 / seconds
-}
-
-/// Floating point operations a second that all threads do in registers, where the CPU has AVX-512 or
-/// AVX2; else those of a plain loop.
-fn multiply_add_peak() -> f64 {
-    const TURNS: usize = 20_000;
-    let threads = rayon::current_num_threads();
-    let mut each = 0;
-    let seconds = best_seconds(|| {
-        let run = |_| register_loop(black_box(TURNS));
-        each = (0..threads).into_par_iter().with_max_len(1).map(run).max().unwrap_or(0);
-    });
-    (threads * each) as f64 / seconds
-}
-
-/// Returns how many operations it did.
-#[allow(unsafe_code, reason = "functions with target features")]
-fn register_loop(turns: usize) -> usize {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: the CPU has the feature.
-            return unsafe { avx512_loop(turns) };
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            // SAFETY: the CPU has the features.
-            return unsafe { avx2_loop(turns) };
-        }
-    }
-    let mut sums = [0.5_f32; 32];
-    for _ in 0..turns {
-        sums.iter_mut().for_each(|sum| *sum = *sum * 0.999 + 0.001);
-    }
-    black_box(sums);
-    turns * 32 * 2
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn avx512_loop(turns: usize) -> usize {
-    use std::arch::x86_64::{_mm512_fmadd_ps, _mm512_set1_ps};
-    let (factor, term) = (_mm512_set1_ps(0.999), _mm512_set1_ps(0.001));
-    let mut sums = [term; 20];
-    for _ in 0..turns {
-        sums.iter_mut().for_each(|sum| *sum = _mm512_fmadd_ps(*sum, factor, term));
-    }
-    black_box(sums);
-    turns * 20 * 16 * 2
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn avx2_loop(turns: usize) -> usize {
-    use std::arch::x86_64::{_mm256_fmadd_ps, _mm256_set1_ps};
-    let (factor, term) = (_mm256_set1_ps(0.999), _mm256_set1_ps(0.001));
-    let mut sums = [term; 12];
-    for _ in 0..turns {
-        sums.iter_mut().for_each(|sum| *sum = _mm256_fmadd_ps(*sum, factor, term));
-    }
-    black_box(sums);
-    turns * 12 * 8 * 2
 }
 
 fn best_seconds(mut run: impl FnMut()) -> f64 {

@@ -21,7 +21,7 @@ use tunesmith::{
         EngineConfig, EngineHandle, FinishReason, GenerationEvent, GenerationRequest,
         GenerationStream, RequestOptions, SamplingParams, TokenScore, spawn,
     },
-    model::{Decoder, Projection, Step, StepSequence, WeightMode},
+    model::{Decoder, KvDtype, Projection, Step, StepSequence, WeightMode},
 };
 
 const MODELS: [&str; 2] = ["tiny-llama", "tiny-qwen2"];
@@ -60,9 +60,8 @@ fn random_adapter(
     let lora = LoraConfig {
         rank: 2 + seed as usize % 4,
         alpha: 8.0,
-        dropout: 0.0,
         targets: Projection::ALL.to_vec(),
-        use_rslora: false,
+        ..LoraConfig::default()
     };
     let adapter = LoraAdapter::fresh(&lora, decoder.config(), seed).unwrap();
     for (index, (name, variable)) in adapter.variables().into_iter().enumerate() {
@@ -90,6 +89,7 @@ fn config() -> EngineConfig {
         max_batch_tokens: 256,
         block_size: 16,
         num_blocks: 128,
+        kv_dtype: KvDtype::F32,
         prefix_cache: true,
     }
 }
@@ -271,6 +271,54 @@ proptest! {
     }
 }
 
+/// Where another process of this test is to write its answers.
+const ANSWERS: &str = "TUNESMITH_TEST_ANSWERS";
+
+/// Not a test by itself: what [`one_thread_says_what_two_say`] runs in processes of their own.
+#[test]
+#[ignore = "run by another test"]
+fn answers_for_another_process() {
+    let Ok(path) = std::env::var(ANSWERS) else { return };
+    let mut text = String::new();
+    for model in MODELS {
+        let decoder = tiny_model(model);
+        let registry = AdapterRegistry::new(decoder.config().clone());
+        let adapters: Vec<_> = (0..3)
+            .map(|seed| random_adapter(&registry, &decoder, &format!("adapter-{seed}"), seed))
+            .collect();
+        // Steps of up to 256 rows, which are shared out over threads, and of few, which are not.
+        let requests =
+            (0..24).map(|i| request(prompt(i, 20 + i * 4), 12, adapters.get(i % 4))).collect();
+        let scored = GenerationRequest { score_prompt: true, ..request(prompt(9, 90), 4, None) };
+        let engine = spawn(decoder, config()).unwrap();
+        text += &format!("{:?}\n", together(&engine, requests));
+        text += &format!("{:?}\n", together(&engine, vec![scored]));
+    }
+    text += &format!("{} threads", std::env::var("RAYON_NUM_THREADS").unwrap());
+    std::fs::write(path, text).unwrap();
+}
+
+#[test]
+fn one_thread_says_what_two_say() {
+    let dir = TempDir::new();
+    let answers = |threads: &str| {
+        let path = dir.0.join(threads);
+        let run = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "answers_for_another_process", "--ignored"])
+            .env(ANSWERS, &path)
+            .env("RAYON_NUM_THREADS", threads)
+            .output()
+            .unwrap();
+        assert!(run.status.success(), "{run:?}");
+        let text = std::fs::read_to_string(path).unwrap();
+        text.strip_suffix(&format!("{threads} threads")).unwrap().to_owned()
+    };
+    let one = answers("1");
+    assert!(one.contains("logprob"));
+    assert_eq!(one, answers("2"));
+    assert_eq!(one, answers("5"));
+}
+
 #[test]
 fn right_guesses_save_steps() {
     let decoder = tiny_model(MODELS[0]);
@@ -424,9 +472,11 @@ fn a_client_that_leaves_gives_everything_back() {
 fn a_config_for_a_model_uses_the_memory_it_is_given_and_no_more_than_it_needs() {
     let model = tiny_model(MODELS[0]);
     let (config, block) = (model.config(), EngineConfig::DEFAULT_BLOCK_SIZE);
-    let block_bytes = tunesmith::model::KvCache::block_bytes(config, block);
+    let block_bytes = tunesmith::model::KvCache::block_bytes(config, KvDtype::F32);
     let small = EngineConfig::for_model(config, 8, 10 * block_bytes);
     assert_eq!((small.num_blocks, small.max_model_len), (10, 10 * block));
+    let halved = EngineConfig::for_cache(config, 8, 10 * block_bytes, KvDtype::Bf16);
+    assert_eq!((halved.num_blocks, halved.max_model_len), (20, 20 * block));
     let large = EngineConfig::for_model(config, 8, usize::MAX);
     assert_eq!(large.num_blocks, 8 * config.max_position_embeddings.div_ceil(block));
     assert_eq!(large.max_model_len, config.max_position_embeddings);

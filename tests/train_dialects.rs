@@ -186,6 +186,58 @@ fn preferences_of_either_tool_train_dpo() {
 }
 
 #[test]
+fn odds_ratios_and_variants_of_dpo_of_either_tool_train() {
+    let rows: Vec<Value> = (0..4)
+        .map(|n| {
+            json!({"prompt": [{"role": "user", "content": format!("q{n}")}],
+            "chosen": [{"role": "assistant", "content": "yes"}],
+            "rejected": [{"role": "assistant", "content": "no"}]})
+        })
+        .collect();
+    let dir = TempDir::new();
+    write_rows(&dir.join("rows/train.jsonl"), &rows);
+    write_rows(&dir.join("rows/test.jsonl"), &rows);
+    let model = fixture("tiny-llama").display().to_string();
+    let autotrain = format!(
+        "task: llm-orpo\nbase_model: {model}\nproject_name: out\nlog: none\nbackend: local\n\
+         data: {{path: rows, train_split: train, valid_split: test, chat_template: tokenizer, \
+         column_mapping: {{prompt_text_column: prompt, text_column: chosen, \
+         rejected_text_column: rejected}}}}\nparams: {{peft: true, dpo_beta: 0.2, epochs: 2}}\n"
+    );
+    fs::write(dir.join("theirs.yaml"), autotrain).unwrap();
+    let output = train(&dir.0, &["--config", "theirs.yaml"]);
+    let text = stdout(&output);
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(text.contains("note: params.dpo_beta: AutoTrain gives orpo none"), "{text}");
+    let expected = json!({"objective": "orpo", "orpo_beta": 0.1, "loss_on": "all", "lr": 3e-5,
+        "keep_best": true, "eval_every": 1});
+    assert_settings(&settings(&dir.join("out")), &expected);
+
+    let trl =
+        "model_name_or_path: ${TEST_MODEL}\ndataset_name: rows\nuse_peft: yes\nmax_steps: 1\n";
+    let variants = [
+        ("orpo", "beta: 0.3\n", json!({"objective": "orpo", "orpo_beta": 0.3, "loss_on": "all"})),
+        (
+            "dpo",
+            "loss_type: [sigmoid, sft]\nloss_weights: [1.0, 0.5]\nneftune_noise_alpha: 5\n",
+            json!({"objective": "dpo", "dpo_sft_weight": 0.5, "neftune_alpha": 5}),
+        ),
+        (
+            "dpo",
+            "loss_type: robust\nlabel_smoothing: 0.2\n",
+            json!({"dpo_loss": "robust", "dpo_label_smoothing": 0.2}),
+        ),
+        ("dpo", "rpo_alpha: 1.0\n", json!({"dpo_loss": "sigmoid", "dpo_sft_weight": 1})),
+    ];
+    for (index, (objective, more, expected)) in variants.iter().enumerate() {
+        fs::write(dir.join("trl.yaml"), format!("{trl}output_dir: trl{index}\n{more}")).unwrap();
+        let output = train(&dir.0, &["--config", "trl.yaml", "--objective", objective]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert_settings(&settings(&dir.join(&format!("trl{index}"))), expected);
+    }
+}
+
+#[test]
 fn what_cannot_be_honoured_is_refused_by_name_and_all_at_once() {
     let dir = TempDir::new();
     let refused = |name: &str, yaml: &str| {
@@ -195,15 +247,15 @@ fn what_cannot_be_honoured_is_refused_by_name_and_all_at_once() {
     let error = refused(
         "trl.yaml",
         "model_name_or_path: x\ndataset_name: y\noutput_dir: z\nuse_peft: true\nuse_dora: true\n\
-         neftune_noise_alpha: 5\nlr_scheduler_type: polynomial\nloss_type: dft\nlora_r: many\n\
-         deepspeed: zero3.json\nlearning_rte: 1\n",
+         loss_weights: [1, 2]\nlr_scheduler_type: polynomial\nloss_type: ipo\nlora_r: many\n\
+         deepspeed: zero3.json\nlearning_rte: 1\nmetric_for_best_model: bleu\n",
     );
     for expected in [
         "trl.yaml: as a configuration of TRL:",
         "use_dora: DoRA is not available",
-        "neftune_noise_alpha: noise on embeddings",
+        "loss_weights: one number for each of loss_type",
         "lr_scheduler_type: polynomial is not available",
-        "loss_type: dft is not available",
+        "metric_for_best_model: bleu is not available",
         "lora_r: \"many\" is no number",
         "deepspeed: one process",
         "learning_rte: TRL has no such key",

@@ -70,7 +70,14 @@ fn job(dir: &Path, change: impl FnOnce(&mut TrainConfig)) -> TrainJob {
         ..TrainConfig::default()
     };
     change(&mut config);
-    TrainJob { config, model_dir, train: examples(24), valid: examples(6), sources: Vec::new() }
+    TrainJob {
+        config,
+        model_dir,
+        train: examples(24),
+        valid: examples(6),
+        companions: Vec::new(),
+        sources: Vec::new(),
+    }
 }
 
 /// Runs to the end, or until after the event for which `stop_at` is true.

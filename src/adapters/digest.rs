@@ -4,29 +4,35 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
-use super::{
-    AdapterError, LoraModule,
-    site::{Matrix, tensor_name},
-};
+use super::{AdapterError, LoraModule, tables::Tables};
 use crate::model::Site;
 use crate::publish::sha256_hex;
 
 /// SHA-256 over the hashes of every tensor in the order of names, each over name, shape, scale and
 /// f32 bytes. Neither the dtype in the file nor fields that only describe enter it.
-pub(super) fn digest(modules: &BTreeMap<Site, LoraModule>) -> Result<String, AdapterError> {
+pub(super) fn digest(
+    modules: &BTreeMap<Site, LoraModule>,
+    tables: &Tables,
+) -> Result<String, AdapterError> {
     let mut hashes = BTreeMap::new();
+    let mut add = |name: String, tensor: &Tensor, more: &[u8]| {
+        let shape = format!("{:?}", tensor.dims());
+        // The name's length first, so that no two tensors give one byte string.
+        let length = (name.len() as u64).to_le_bytes();
+        let data = f32_bytes(tensor)?;
+        let hash = sha256_hex(&[length.as_slice(), name.as_bytes(), shape.as_bytes(), more, &data]);
+        hashes.insert(name, hash);
+        Ok::<_, AdapterError>(())
+    };
     for (site, module) in modules {
-        for (matrix, tensor) in [(Matrix::A, &module.a), (Matrix::B, &module.b)] {
-            let name = tensor_name(*site, matrix);
-            let shape = format!("{:?}", tensor.dims());
-            // The name's length first, so that no two tensors give one byte string.
-            let length = (name.len() as u64).to_le_bytes();
-            let scale = module.scale.to_le_bytes();
-            let data = f32_bytes(tensor)?;
-            let parts = [length.as_slice(), name.as_bytes(), shape.as_bytes(), &scale, &data];
-            let hash = sha256_hex(&parts);
-            hashes.insert(name, hash);
+        for (name, tensor) in module.named(*site)? {
+            add(name, &tensor, &module.scale.to_le_bytes())?;
         }
+    }
+    // Which tokens the rows are, the tensors do not say.
+    let fields = tables.peft_fields().map(|(_, value)| value.to_string()).concat();
+    for (name, tensor) in tables.named()? {
+        add(name, &tensor, fields.as_bytes())?;
     }
     let hashes: Vec<&[u8]> = hashes.values().map(String::as_bytes).collect();
     Ok(sha256_hex(&hashes))

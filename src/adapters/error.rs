@@ -2,6 +2,8 @@
 
 use std::{fmt::Write, io, path::PathBuf};
 
+use crate::publish::DiskError;
+
 /// Tensor names listed in a message before it says "and N more".
 const LISTED_TENSORS: usize = 8;
 
@@ -22,6 +24,9 @@ pub enum AdapterError {
         /// What the system said.
         source: io::Error,
     },
+    /// Writing failed.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// The weights are a Python pickle, which can run any program when it is opened.
     #[error(
         "{} is a Python pickle, which can run code when opened and is never read; if you trust it, \
@@ -152,6 +157,16 @@ pub enum AdapterError {
         /// What would be valid.
         expected: &'static str,
     },
+    /// An adapter is to be trained on in a way that it was not made for.
+    #[error("the adapter to go on from has {field} {has}, but {wants} is asked for")]
+    OtherSetting {
+        /// The setting.
+        field: &'static str,
+        /// The adapter's value.
+        has: String,
+        /// The value that is asked for.
+        wants: String,
+    },
     /// The name cannot be given to an adapter.
     #[error("adapter name {name:?}: {expected}")]
     InvalidName {
@@ -180,7 +195,7 @@ impl AdapterError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::NotFound { .. } => "not_found",
-            Self::Io { .. } => "io",
+            Self::Io { .. } | Self::Disk(_) => "io",
             Self::Pickle { .. } => "pickle",
             Self::MalformedConfig { .. } => "malformed_config",
             Self::UnsupportedField { .. } => "unsupported_field",
@@ -196,6 +211,7 @@ impl AdapterError {
             Self::TooLarge { .. } => "too_large",
             Self::RankTooLarge { .. } => "rank_too_large",
             Self::InvalidSetting { .. } => "invalid_setting",
+            Self::OtherSetting { .. } => "other_setting",
             Self::InvalidName { .. } => "invalid_name",
             Self::AlreadyLoaded { .. } => "already_loaded",
             Self::Candle(_) => "internal",

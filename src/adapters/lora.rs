@@ -1,4 +1,5 @@
-//! LoRA: each adapted projection adds `scale * (x A^T) B^T` to its output.
+//! An adapter: what it has at each projection and in place of the tables, and how it takes part in the
+//! forward pass.
 
 use std::{collections::BTreeMap, ops::Range};
 
@@ -7,32 +8,20 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::{
-    AdapterError,
+    AdapterError, LoraConfig, LoraModule,
     digest::digest,
-    site::{Matrix, tensor_name},
+    dora,
+    module::RawModule,
+    plan::Planned,
+    tables::{self, Shares, Tables},
+    variant::{self, Contribution, VARIANTS, Variant},
 };
-use crate::model::{Delta, Dropout, ModelConfig, ModelError, Projection, Site};
-use crate::ops::{
-    dropout::dropout,
-    lora::{self, LoraPart},
+use crate::model::{
+    Decoder, Delta, Dropout, ModelConfig, ModelError, OwnTable, Projected, Projection, Site, Table,
 };
+use crate::ops::{dropout::dropout, lora::LoraPart};
 
-/// What a fresh adapter looks like.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LoraConfig {
-    /// Rows of A and columns of B, above 0.
-    pub rank: usize,
-    /// Numerator of the scale.
-    pub alpha: f64,
-    /// Probability with which an element of a projection's input is dropped, in [0, 1).
-    pub dropout: f64,
-    /// The adapted projections, in all layers.
-    pub targets: Vec<Projection>,
-    /// Scale `alpha / sqrt(rank)` instead of `alpha / rank`.
-    pub use_rslora: bool,
-}
-
-/// A LoRA adapter over a base: `y += scale * (x A^T) B^T` per site.
+/// A LoRA adapter over a base: low-rank modules per site, and tables of its own.
 ///
 /// ```
 /// use tunesmith::adapters::{LoraAdapter, LoraConfig};
@@ -40,7 +29,7 @@ pub struct LoraConfig {
 ///
 /// let model = ModelConfig::from_dir("tests/fixtures/tiny-llama".as_ref())?;
 /// let targets = vec![Projection::Q, Projection::V];
-/// let config = LoraConfig { rank: 4, alpha: 8.0, dropout: 0.0, targets, use_rslora: false };
+/// let config = LoraConfig { rank: 4, alpha: 8.0, targets, ..LoraConfig::default() };
 /// let adapter = LoraAdapter::fresh(&config, &model, 42)?;
 /// assert_eq!(adapter.variables().len(), 2 * 2 * 2); // layers, projections, A and B
 /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -48,84 +37,110 @@ pub struct LoraConfig {
 #[derive(Debug)]
 pub struct LoraAdapter {
     modules: BTreeMap<Site, LoraModule>,
-    /// The modules packed for serving; empty where they are trained.
-    parts: BTreeMap<Site, LoraPart>,
-    /// By PEFT name, sorted; the same storage as the tensors in `modules`.
+    tables: Tables,
+    /// By PEFT name, sorted; the same storage as the tensors in `modules` and `tables`.
     variables: Vec<(String, Var)>,
     digest: String,
+    pub(super) variant: &'static Variant,
     pub(super) dropout: f64,
     pub(super) use_rslora: bool,
     pub(super) num_layers: usize,
-}
-
-/// One projection's part of an adapter.
-#[derive(Debug, Clone)]
-pub struct LoraModule {
-    /// `[r, in]` f32
-    pub a: Tensor,
-    /// `[out, r]` f32
-    pub b: Tensor,
-    /// What the product is multiplied by: `alpha / r`, or `alpha / sqrt(r)` with rsLoRA.
-    pub scale: f64,
-    /// Alpha as configured.
-    pub alpha: f64,
 }
 
 /// Everything about an adapter but what follows from it.
 pub(super) struct LoraParts {
-    /// A `[r, in]`, B `[out, r]` and alpha per site.
-    pub(super) matrices: BTreeMap<Site, (Tensor, Tensor, f64)>,
+    pub(super) modules: BTreeMap<Site, RawModule>,
+    pub(super) variant: &'static Variant,
+    /// What there is of tables, and their tensors by name.
+    pub(super) tables: (Shares, BTreeMap<String, Tensor>),
     pub(super) dropout: f64,
     pub(super) use_rslora: bool,
-    pub(super) num_layers: usize,
     pub(super) trainable: bool,
 }
 
 impl LoraAdapter {
     /// A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0, f32 variables, reproducible from `seed`. A module's A
-    /// depends on the seed and its place only, not on which other modules are adapted.
+    /// depends on the seed and its place only, not on which other modules are adapted. For adapters
+    /// that do not start from the base's weights; [`fresh_on`](Self::fresh_on) makes every kind.
     ///
     /// # Errors
-    /// `InvalidSetting`; `Candle` if memory cannot be had.
+    /// `InvalidSetting`, also for what starts from the base's weights, `MalformedConfig`,
+    /// `UnsupportedTarget`; `Candle` if memory cannot be had.
     pub fn fresh(
         config: &LoraConfig,
         model: &ModelConfig,
         seed: u64,
     ) -> Result<Self, AdapterError> {
-        config.check()?;
-        let mut matrices = BTreeMap::new();
-        for layer in 0..model.num_layers {
-            for projection in &config.targets {
-                let site = Site { layer, projection: *projection };
-                let (inputs, outputs) = model.projection_shape(*projection);
-                let mut rng = ChaCha8Rng::seed_from_u64(seed);
-                rng.set_stream(site_number(site));
-                let bound = 1.0 / (inputs as f32).sqrt();
-                let values: Vec<f32> = (0..config.rank * inputs)
-                    .map(|_| (rng.random::<f32>() * 2.0 - 1.0) * bound)
-                    .collect();
-                let a = Tensor::from_vec(values, (config.rank, inputs), &Device::Cpu)?;
-                let zeros = vec![0.0_f32; outputs * config.rank];
-                let b = Tensor::from_vec(zeros, (outputs, config.rank), &Device::Cpu)?;
-                matrices.insert(site, (a, b, config.alpha));
-            }
-        }
-        Self::from_parts(LoraParts {
-            matrices,
-            dropout: config.dropout,
-            use_rslora: config.use_rslora,
-            num_layers: model.num_layers,
-            trainable: true,
-        })
+        Self::fresh_over(config, model, None, seed)
     }
 
-    /// A and B by PEFT name, sorted; empty unless trainable.
+    /// [`fresh`](Self::fresh) over a base: DoRA's magnitudes, whole tables and rows of tokens start as
+    /// they are there.
+    ///
+    /// # Errors
+    /// As [`fresh`](Self::fresh).
+    pub fn fresh_on(
+        config: &LoraConfig,
+        decoder: &Decoder,
+        seed: u64,
+    ) -> Result<Self, AdapterError> {
+        Self::fresh_over(config, decoder.config(), Some(decoder), seed)
+    }
+
+    fn fresh_over(
+        config: &LoraConfig,
+        model: &ModelConfig,
+        base: Option<&Decoder>,
+        seed: u64,
+    ) -> Result<Self, AdapterError> {
+        let planned = config.plan(model)?;
+        let variant = variant::find(&config.variant).unwrap_or(&VARIANTS[0]);
+        let shares = tables::wanted(&config.modules_to_save, &config.token_ids, model)?;
+        let needs_base = |field, value: &str| AdapterError::InvalidSetting {
+            field,
+            value: value.to_owned(),
+            expected: "nothing that starts from the base's weights, which are not there",
+        };
+        let mut modules = BTreeMap::new();
+        for Planned { site, rank, alpha } in planned {
+            let (inputs, outputs) = model.projection_shape(site.projection);
+            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            rng.set_stream(site_number(site));
+            let bound = 1.0 / (inputs as f32).sqrt();
+            let values: Vec<f32> =
+                (0..rank * inputs).map(|_| (rng.random::<f32>() * 2.0 - 1.0) * bound).collect();
+            let a = Tensor::from_vec(values, (rank, inputs), &Device::Cpu)?;
+            let b = Tensor::from_vec(vec![0.0_f32; outputs * rank], (outputs, rank), &Device::Cpu)?;
+            let vector = match (variant.vector, base) {
+                (None, _) => None,
+                (Some(_), Some(decoder)) => (variant.start)(decoder.projection(site).0)?,
+                (Some(_), None) => return Err(needs_base("variant", variant.name)),
+            };
+            modules.insert(site, RawModule { a, b, vector, alpha });
+        }
+        let tensors = match base {
+            Some(decoder) => tables::start(&shares, &config.token_starts, decoder)?,
+            None if shares.is_empty() => BTreeMap::new(),
+            None => return Err(needs_base("modules_to_save", "set")),
+        };
+        let parts = LoraParts {
+            modules,
+            variant,
+            tables: (shares, tensors),
+            dropout: config.dropout,
+            use_rslora: config.use_rslora,
+            trainable: true,
+        };
+        Self::from_parts(parts, model)
+    }
+
+    /// Everything that is trained by PEFT name, sorted; empty unless trainable.
     #[must_use]
     pub fn variables(&self) -> Vec<(String, Var)> {
         self.variables.clone()
     }
 
-    /// A, B, scale per site.
+    /// What each site has.
     #[must_use]
     pub fn modules(&self) -> &BTreeMap<Site, LoraModule> {
         &self.modules
@@ -138,16 +153,17 @@ impl LoraAdapter {
         &self.digest
     }
 
-    /// Bytes of all A and B in memory.
+    /// Bytes of all its tensors as f32.
     #[must_use]
     pub fn num_bytes(&self) -> usize {
         self.num_parameters() * size_of::<f32>()
     }
 
-    /// Elements of all A and B.
+    /// Elements of all its tensors.
     #[must_use]
     pub fn num_parameters(&self) -> usize {
-        self.modules.values().map(|module| module.a.elem_count() + module.b.elem_count()).sum()
+        let modules: usize = self.modules.values().map(LoraModule::num_parameters).sum();
+        modules + self.tables.num_parameters()
     }
 
     /// Largest rank.
@@ -156,113 +172,99 @@ impl LoraAdapter {
         self.modules.values().map(LoraModule::rank).max().unwrap_or(0)
     }
 
-    pub(super) fn from_parts(parts: LoraParts) -> Result<Self, AdapterError> {
-        let mut modules = BTreeMap::new();
-        let mut served = BTreeMap::new();
-        let mut variables = Vec::new();
-        for (site, (mut a, mut b, alpha)) in parts.matrices {
-            if parts.trainable {
-                for (matrix, tensor) in [(Matrix::A, &mut a), (Matrix::B, &mut b)] {
-                    let variable = Var::from_tensor(tensor)?;
-                    *tensor = variable.as_tensor().clone();
-                    variables.push((tensor_name(site, matrix), variable));
-                }
+    /// Computes what follows from the base's weights, so that the first request does not wait for it.
+    /// A frozen adapter belongs to the first base that it meets.
+    ///
+    /// # Errors
+    /// A failed tensor operation.
+    pub fn prepare(&self, decoder: &Decoder) -> Result<(), AdapterError> {
+        if self.variant.vector.is_some() {
+            for (site, module) in &self.modules {
+                dora::norms(module, decoder.projection(*site).0)?;
             }
-            let rank = a.dim(0)? as f64;
-            let scale = alpha / if parts.use_rslora { rank.sqrt() } else { rank };
-            if !parts.trainable {
-                served.insert(site, LoraPart::new(&a, &b, scale)?);
-            }
-            modules.insert(site, LoraModule { a, b, scale, alpha });
         }
-        variables.sort_by(|(left, _), (right, _)| left.cmp(right));
-        let digest = digest(&modules)?;
-        let LoraParts { dropout, use_rslora, num_layers, .. } = parts;
-        Ok(Self { modules, parts: served, variables, digest, dropout, use_rslora, num_layers })
+        Ok(())
     }
-}
 
-impl LoraModule {
-    /// Rows of A.
+    /// Whether it has rows of the embedding, so that its folder may have a tokenizer with more tokens.
     #[must_use]
-    pub fn rank(&self) -> usize {
-        self.a.dims()[0]
+    pub fn has_own_tokens(&self) -> bool {
+        self.tables.get(Table::Embedding).is_some()
+    }
+
+    /// Whether the head is another matrix than the embedding although the base has one for both: what
+    /// the merged model's configuration must say.
+    #[must_use]
+    pub fn unties_head(&self) -> bool {
+        self.tables.unties()
+    }
+
+    pub(super) fn tables(&self) -> &Tables {
+        &self.tables
+    }
+
+    /// All tensors by their names in the file, sorted, f32, with the values of this moment.
+    pub(super) fn named(&self) -> Result<BTreeMap<String, Tensor>, AdapterError> {
+        let mut named: BTreeMap<String, Tensor> = self.tables.named()?.into_iter().collect();
+        for (site, module) in &self.modules {
+            named.extend(module.named(*site)?);
+        }
+        Ok(named)
+    }
+
+    pub(super) fn from_parts(parts: LoraParts, model: &ModelConfig) -> Result<Self, AdapterError> {
+        let LoraParts { modules: raw, variant, tables, dropout, use_rslora, trainable } = parts;
+        let mut modules = BTreeMap::new();
+        let mut variables = Vec::new();
+        for (site, raw) in raw {
+            let module = if trainable {
+                LoraModule::trained(site, &raw, (variant, use_rslora), &mut variables)?
+            } else {
+                LoraModule::frozen(raw, variant, use_rslora)?
+            };
+            modules.insert(site, module);
+        }
+        let (shares, tensors) = tables;
+        let variables_of_tables = trainable.then_some(&mut variables);
+        let tables = Tables::new(&shares, model, tensors, variables_of_tables)?;
+        variables.sort_by(|(left, _), (right, _)| left.cmp(right));
+        let digest = digest(&modules, &tables)?;
+        let num_layers = model.num_layers;
+        Ok(Self { modules, tables, variables, digest, variant, dropout, use_rslora, num_layers })
     }
 }
 
 impl Delta for LoraAdapter {
     fn apply(
         &self,
-        site: Site,
-        input: &Tensor,
+        at: &Projected<'_>,
         output: Tensor,
         rows: Range<usize>,
         dropout: Option<Dropout>,
     ) -> Result<Tensor, ModelError> {
-        let Some(module) = self.modules.get(&site) else { return Ok(output) };
-        let LoraModule { a, b, scale, .. } = module;
-        if let Some(part) = self.parts.get(&site)
-            && !input.track_op()
-            && !output.track_op()
-        {
-            lora::add_in_place(&output, input, vec![(rows, part.clone())])?;
-            return Ok(output);
+        let Some(module) = self.modules.get(&at.site) else { return Ok(output) };
+        let mut input = at.input.narrow(0, rows.start, rows.len())?; // [rows, in]
+        // Nobody trains a frozen adapter, so nothing of its input is dropped.
+        let dropout = dropout.filter(|dropout| dropout.probability > 0.0 && !self.is_frozen());
+        if let Some(Dropout { probability, seed, .. }) = dropout {
+            input = self::dropout(&input, probability, site_seed(seed, at.site))?;
         }
-        let mut x = input.narrow(0, rows.start, rows.len())?; // [rows, in]
-        if let Some(Dropout { probability, seed }) = dropout
-            && probability > 0.0
-        {
-            x = self::dropout(&x, probability, site_seed(seed, site))?;
-        }
-        let delta = lora::lora(&x, a, b, *scale)?; // [rows, out]
-        Ok(add_rows(&output, &delta, rows)?)
+        let contribution = Contribution { at, rows, input, dropped: dropout.is_some() };
+        Ok((module.variant().apply)(module, &contribution, output)?)
     }
 
     fn part(&self, site: Site) -> Option<&LoraPart> {
-        self.parts.get(&site)
+        let module = self.modules.get(&site)?;
+        if module.variant().is_sum { module.part() } else { None }
     }
 
     fn is_frozen(&self) -> bool {
         self.variables.is_empty()
     }
-}
 
-impl LoraConfig {
-    fn check(&self) -> Result<(), AdapterError> {
-        let wrong =
-            |field, value, expected| Err(AdapterError::InvalidSetting { field, value, expected });
-        if self.rank == 0 {
-            return wrong("rank", self.rank.to_string(), "above 0");
-        }
-        if !self.alpha.is_finite() {
-            return wrong("alpha", self.alpha.to_string(), "a finite number");
-        }
-        if !(0.0..1.0).contains(&self.dropout) {
-            return wrong("dropout", self.dropout.to_string(), "at least 0 and below 1");
-        }
-        if self.targets.is_empty() {
-            return wrong("targets", "[]".to_owned(), "at least one projection");
-        }
-        Ok(())
+    fn table(&self, table: Table) -> Option<&OwnTable> {
+        self.tables.get(table)
     }
-}
-
-/// `output` with `delta` added on `rows`; both bodies keep the graph.
-fn add_rows(output: &Tensor, delta: &Tensor, rows: Range<usize>) -> candle_core::Result<Tensor> {
-    let num_rows = output.dim(0)?;
-    if rows == (0..num_rows) {
-        return output + delta;
-    }
-    let middle = (output.narrow(0, rows.start, rows.len())? + delta)?;
-    let mut parts = Vec::new();
-    if rows.start > 0 {
-        parts.push(output.narrow(0, 0, rows.start)?);
-    }
-    parts.push(middle);
-    if rows.end < num_rows {
-        parts.push(output.narrow(0, rows.end, num_rows - rows.end)?);
-    }
-    Tensor::cat(&parts, 0)
 }
 
 fn site_number(site: Site) -> u64 {

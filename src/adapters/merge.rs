@@ -1,16 +1,19 @@
 //! Folding an adapter into the weights of its base, and writing the whole model.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, io, path::Path};
 
 use candle_core::{DType, Tensor};
 
 use super::{AdapterError, LoraAdapter, LoraModule, site::site_key};
+use crate::publish::disk;
 
 /// The file of a model that is written in one piece.
 const WEIGHTS_FILE: &str = "model.safetensors";
 
 /// The base's weights with the adapter folded in: `W + scale * B A`, computed in f32, in the
-/// weight's dtype. `weights` are checkpoint names and tensors, as `Decoder::tensors` gives them.
+/// weight's dtype, and its own tables in place of the base's. `weights` are checkpoint names and
+/// tensors, as `Decoder::tensors` gives them. Where [`LoraAdapter::unties_head`], there is a head that
+/// the base had not.
 ///
 /// # Errors
 /// `MissingTensor` if the base lacks a weight that the adapter changes; `Candle` if shapes differ.
@@ -31,6 +34,7 @@ pub fn merged_weights(
         };
         merged.push((name, weight));
     }
+    adapter.tables().merge(&mut merged)?;
     if waiting.is_empty() {
         return Ok(merged);
     }
@@ -47,13 +51,12 @@ pub fn write_weights(dir: &Path, weights: &[(String, Tensor)]) -> Result<(), Ada
         weights.iter().map(|(name, weight)| (name.as_str(), weight)).collect();
     // transformers asks for the format before it reads.
     let metadata = [("format".to_owned(), "pt".to_owned())].into();
-    safetensors::serialize_to_file(views, Some(metadata), &path)
-        .map_err(|error| AdapterError::Io { path, source: std::io::Error::other(error) })
+    Ok(disk::write_with(&path, || {
+        safetensors::serialize_to_file(views, Some(metadata), &path).map_err(io::Error::other)
+    })?)
 }
 
-/// `W + scale * B A`. `[out, in]`
+/// The folded weight in its own dtype. `[out, in]`
 fn fold(weight: &Tensor, module: &LoraModule) -> candle_core::Result<Tensor> {
-    let product = module.b.detach().matmul(&module.a.detach())?;
-    let delta = (product * module.scale)?;
-    (weight.to_dtype(DType::F32)? + delta)?.to_dtype(weight.dtype())
+    (module.variant().fold)(module, weight.to_dtype(DType::F32)?)?.to_dtype(weight.dtype())
 }

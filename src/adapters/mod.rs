@@ -6,19 +6,28 @@
 
 mod card;
 mod digest;
+mod dora;
 mod error;
 mod files;
 mod lora;
 mod merge;
+mod module;
 mod peft;
 mod peft_config;
 mod peft_fields;
+mod plain;
+mod plan;
 mod registry;
 mod site;
+mod tables;
+mod variant;
 
 pub use card::{AdapterCard, CurvePoint, check_base};
 pub use error::AdapterError;
 pub use files::LoadLimits;
-pub use lora::{LoraAdapter, LoraConfig, LoraModule};
+pub use lora::LoraAdapter;
 pub use merge::{merged_weights, write_weights};
+pub use module::LoraModule;
+pub use plan::LoraConfig;
 pub use registry::{AdapterRegistry, AdapterVersion};
+pub use variant::variant_names;

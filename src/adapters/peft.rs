@@ -15,10 +15,14 @@ use super::{
     digest::f32_bytes,
     files::{LoadLimits, read_file, read_tensors},
     lora::LoraParts,
+    module::RawModule,
     peft_config::PeftConfig,
-    site::{Matrix, all_sites, site_key, tensor_name},
+    site::{Matrix, all_sites, site_key, tensor_name, vector_name},
+    tables::{self, Shares},
+    variant::{VARIANTS, Variant},
 };
 use crate::model::{ModelConfig, Projection, Site};
+use crate::publish::disk;
 
 const CONFIG_FILE: &str = "adapter_config.json";
 const TENSOR_FILE: &str = "adapter_model.safetensors";
@@ -61,24 +65,31 @@ impl LoraAdapter {
                 return Err(AdapterError::RankTooLarge { module, rank, limit: limits.rank });
             }
         }
+        let shares = config.shares(model)?;
         let mut tensors = read_tensors(&dir.join(TENSOR_FILE), limits)?;
-        check_names(&sites, &tensors)?;
-        let mut matrices = BTreeMap::new();
+        check_names(&sites, config.variant, &shares, &tensors)?;
+        let mut modules = BTreeMap::new();
         for site in sites {
             let (inputs, outputs) = model.projection_shape(site.projection);
             let key = site_key(site);
             let rank = config.rank(&key)?;
-            let a = take(&mut tensors, tensor_name(site, Matrix::A), [rank, inputs])?;
-            let b = take(&mut tensors, tensor_name(site, Matrix::B), [outputs, rank])?;
-            matrices.insert(site, (a, b, config.alpha(&key)?));
+            let a = take(&mut tensors, tensor_name(site, Matrix::A), &[rank, inputs])?;
+            let b = take(&mut tensors, tensor_name(site, Matrix::B), &[outputs, rank])?;
+            let vector = match config.variant.vector {
+                Some(name) => Some(take(&mut tensors, vector_name(site, name), &[outputs])?),
+                None => None,
+            };
+            modules.insert(site, RawModule { a, b, vector, alpha: config.alpha(&key)? });
         }
-        Self::from_parts(LoraParts {
-            matrices,
+        let parts = LoraParts {
+            modules,
+            variant: config.variant,
+            tables: (shares, tensors),
             dropout: config.dropout,
             use_rslora: config.use_rslora,
-            num_layers: model.num_layers,
             trainable,
-        })
+        };
+        Self::from_parts(parts, model)
     }
 
     /// Writes adapter_config.json and adapter_model.safetensors into an existing folder (the caller
@@ -93,14 +104,11 @@ impl LoraAdapter {
         let mut text =
             serde_json::to_string_pretty(&config).map_err(|error| failed(error.into()))?;
         text.push('\n');
-        std::fs::write(&config_path, text).map_err(failed)?;
+        disk::write(&config_path, text)?;
 
         let mut bytes = BTreeMap::new();
-        for (site, module) in self.modules() {
-            for (matrix, tensor) in [(Matrix::A, &module.a), (Matrix::B, &module.b)] {
-                let data = (tensor.dims().to_vec(), f32_bytes(tensor)?);
-                bytes.insert(tensor_name(*site, matrix), data);
-            }
+        for (name, tensor) in self.named()? {
+            bytes.insert(name, (tensor.dims().to_vec(), f32_bytes(&tensor)?));
         }
         let path = dir.join(TENSOR_FILE);
         let failed = |error: safetensors::SafeTensorError| AdapterError::Io {
@@ -114,7 +122,7 @@ impl LoraAdapter {
         }
         let metadata = [("format".to_owned(), "pt".to_owned())].into();
         let file = safetensors::serialize(views, Some(metadata)).map_err(failed)?;
-        std::fs::write(&path, file).map_err(|source| AdapterError::Io { path, source })
+        Ok(disk::write(&path, file)?)
     }
 
     /// What most modules have stands in `r` and `lora_alpha`; the others are listed one by one.
@@ -132,7 +140,7 @@ impl LoraAdapter {
                 alpha_pattern.insert(site_key(*site), number(module.alpha));
             }
         }
-        json!({
+        let mut config = json!({
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base_model_name_or_path,
@@ -144,15 +152,22 @@ impl LoraAdapter {
             "bias": "none",
             "fan_in_fan_out": false,
             "use_rslora": self.use_rslora,
-            "use_dora": false,
             "init_lora_weights": true,
             "target_modules": self.target_modules(),
-            "modules_to_save": null,
             "rank_pattern": rank_pattern,
             "alpha_pattern": alpha_pattern,
             "layers_to_transform": null,
             "layers_pattern": null,
-        })
+        });
+        for variant in VARIANTS {
+            if let Some(field) = variant.field {
+                config[field] = (variant.name == self.variant.name).into();
+            }
+        }
+        for (field, value) in self.tables().peft_fields() {
+            config[field] = value;
+        }
+        config
     }
 
     /// Names of projections if all layers have them, else full paths.
@@ -183,12 +198,18 @@ fn refuse_pickle(dir: &Path) -> Result<(), AdapterError> {
     }
 }
 
-/// Every tensor has a module, every module has its tensors.
-fn check_names(sites: &[Site], tensors: &BTreeMap<String, Tensor>) -> Result<(), AdapterError> {
-    let expected: BTreeSet<String> = sites
-        .iter()
-        .flat_map(|site| [tensor_name(*site, Matrix::A), tensor_name(*site, Matrix::B)])
-        .collect();
+/// Every tensor has a place, every place has its tensors.
+fn check_names(
+    sites: &[Site],
+    variant: &Variant,
+    shares: &Shares,
+    tensors: &BTreeMap<String, Tensor>,
+) -> Result<(), AdapterError> {
+    let mut expected = tables::tensor_names(shares);
+    for site in sites {
+        expected.extend([Matrix::A, Matrix::B].map(|matrix| tensor_name(*site, matrix)));
+        expected.extend(variant.vector.map(|vector| vector_name(*site, vector)));
+    }
     let unmatched: Vec<String> =
         tensors.keys().filter(|name| !expected.contains(*name)).cloned().collect();
     if !unmatched.is_empty() {
@@ -205,7 +226,7 @@ fn check_names(sites: &[Site], tensors: &BTreeMap<String, Tensor>) -> Result<(),
 fn take(
     tensors: &mut BTreeMap<String, Tensor>,
     name: String,
-    expected: [usize; 2],
+    expected: &[usize],
 ) -> Result<Tensor, AdapterError> {
     let Some(tensor) = tensors.remove(&name) else {
         return Err(AdapterError::MissingTensor { tensors: vec![name] });

@@ -1,17 +1,22 @@
 //! adapter_config.json, strictly: every field is honoured, known to be harmless, switched off, or
 //! a reason to refuse. A field that changes the forward pass is never ignored.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use fancy_regex::Regex;
 use serde_json::Value;
 
 use super::{
     AdapterError,
-    peft_fields::{Fields, Modules, refuse_unsupported},
+    peft_fields::{Fields, Modules, TokenRows, refuse_unsupported},
     site::site_key,
+    tables::{Share, Shares, table_named},
+    variant::{VARIANTS, Variant},
 };
-use crate::model::Site;
+use crate::model::{ModelConfig, Site, Table};
 
 /// What PEFT assumes for the supported families when `target_modules` is null.
 const DEFAULT_TARGETS: [&str; 2] = ["q_proj", "v_proj"];
@@ -32,6 +37,11 @@ pub(super) struct PeftConfig {
     layers_patterns: Vec<Regex>,
     rank_pattern: Vec<(Regex, usize)>,
     alpha_pattern: Vec<(Regex, f64)>,
+    /// Keys of the patterns as they are written.
+    pattern_keys: BTreeMap<&'static str, Vec<String>>,
+    pub(super) variant: &'static Variant,
+    modules_to_save: Vec<String>,
+    token_rows: Vec<TokenRows>,
 }
 
 impl PeftConfig {
@@ -63,6 +73,12 @@ impl PeftConfig {
             layers_patterns: fields.layers_patterns()?,
             rank_pattern: fields.pattern("rank_pattern", Fields::rank)?,
             alpha_pattern: fields.pattern("alpha_pattern", Fields::number)?,
+            pattern_keys: ["rank_pattern", "alpha_pattern"]
+                .map(|name| (name, fields.keys(name)))
+                .into(),
+            variant: variant(&fields)?,
+            modules_to_save: fields.names("modules_to_save")?,
+            token_rows: fields.token_rows()?,
         })
     }
 
@@ -98,6 +114,74 @@ impl PeftConfig {
             return Err(AdapterError::UnsupportedTarget { target });
         }
         Ok(sites)
+    }
+
+    /// The tables that the adapter must have tensors for.
+    ///
+    /// # Errors
+    /// `UnsupportedTarget` for a module that is no table, `MalformedConfig` for a token that the model
+    /// does not have, `UnsupportedField` for a table that is asked for twice.
+    pub(super) fn shares(&self, model: &ModelConfig) -> Result<Shares, AdapterError> {
+        let mut shares = Shares::new();
+        let table = |name: &str| {
+            let unknown = || AdapterError::UnsupportedTarget { target: name.to_owned() };
+            table_named(name).ok_or_else(unknown)
+        };
+        for name in &self.modules_to_save {
+            shares.insert(table(name)?, Share::Whole);
+        }
+        for (name, ids) in &self.token_rows {
+            let table = name.as_deref().map_or(Ok(Table::Embedding), table)?;
+            let unknown = ids.iter().find(|id| **id as usize >= model.vocab_size);
+            if let Some(id) = unknown {
+                let vocabulary = model.vocab_size;
+                return Err(AdapterError::MalformedConfig {
+                    path: self.path.clone(),
+                    detail: format!(
+                        "`trainable_token_indices` has {id}, but the model's embedding has \
+                         {vocabulary} rows"
+                    ),
+                });
+            }
+            if shares.insert(table, Share::Rows(ids.as_slice().into())).is_some() {
+                return Err(AdapterError::UnsupportedField {
+                    field: "trainable_token_indices".to_owned(),
+                    value: format!("{name:?} beside `modules_to_save`"),
+                });
+            }
+        }
+        // PEFT has one set of rows where the base has one matrix.
+        let (embedding, head) = (shares.get(&Table::Embedding), shares.get(&Table::Head));
+        if model.tie_word_embeddings && embedding == head && matches!(head, Some(Share::Rows(_))) {
+            shares.remove(&Table::Head);
+        }
+        Ok(shares)
+    }
+
+    /// The first key of a pattern that matches none of `all`.
+    ///
+    /// # Errors
+    /// `MalformedConfig` for a pattern that runs away.
+    pub(super) fn unused_key(
+        &self,
+        field: &str,
+        all: &[Site],
+    ) -> Result<Option<String>, AdapterError> {
+        let patterns: Vec<&Regex> = match field {
+            "rank_pattern" => self.rank_pattern.iter().map(|(pattern, _)| pattern).collect(),
+            _ => self.alpha_pattern.iter().map(|(pattern, _)| pattern).collect(),
+        };
+        let keys = self.pattern_keys.get(field).into_iter().flatten();
+        for (pattern, key) in patterns.into_iter().zip(keys) {
+            let mut is_used = false;
+            for site in all {
+                is_used |= self.is_match(pattern, &site_key(*site))?;
+            }
+            if !is_used {
+                return Ok(Some(key.clone()));
+            }
+        }
+        Ok(None)
     }
 
     /// Rank of the module at `key`.
@@ -149,6 +233,23 @@ impl PeftConfig {
     }
 }
 
-fn is_named(key: &str, name: &str) -> bool {
+/// The variant whose field is true.
+fn variant(fields: &Fields<'_>) -> Result<&'static Variant, AdapterError> {
+    let mut chosen = &VARIANTS[0];
+    for variant in VARIANTS {
+        let Some(field) = variant.field else { continue };
+        if fields.flag(field)? {
+            if let Some(other) = chosen.field {
+                let (field, value) = (field.to_owned(), format!("true beside `{other}`"));
+                return Err(AdapterError::UnsupportedField { field, value });
+            }
+            chosen = variant;
+        }
+    }
+    Ok(chosen)
+}
+
+/// Whether `name` is the module's path or the end of it.
+pub(super) fn is_named(key: &str, name: &str) -> bool {
     key.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }

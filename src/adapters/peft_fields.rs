@@ -7,7 +7,7 @@ use std::path::Path;
 use fancy_regex::Regex;
 use serde_json::{Map, Value};
 
-use super::AdapterError;
+use super::{AdapterError, variant::VARIANTS};
 
 /// Fields that cannot change what a loaded adapter computes.
 const HARMLESS: &[&str] = &[
@@ -38,10 +38,12 @@ const HONOURED: &[&str] = &[
     "layers_to_transform",
     "lora_alpha",
     "lora_dropout",
+    "modules_to_save",
     "peft_type",
     "r",
     "rank_pattern",
     "target_modules",
+    "trainable_token_indices",
     "use_rslora",
 ];
 
@@ -60,6 +62,9 @@ pub(super) enum Modules {
     /// A Python regular expression for the full path.
     Pattern(Regex),
 }
+
+/// Tokens of `trainable_token_indices`, and the module that they are rows of; `None`: the embedding.
+pub(super) type TokenRows = (Option<String>, Vec<u32>);
 
 /// Refuses every field that is neither honoured nor harmless nor switched off.
 ///
@@ -80,7 +85,10 @@ pub(super) fn refuse_unsupported(map: &Map<String, Value>) -> Result<(), Adapter
                 Value::String(name) => HARMLESS_INITIALISATIONS.contains(&name.as_str()),
                 _ => value.is_boolean() || value.is_null(),
             },
-            name => HARMLESS.contains(&name) || HONOURED.contains(&name) || is_off(value),
+            name => {
+                let is_variant = VARIANTS.iter().any(|variant| variant.field == Some(name));
+                HARMLESS.contains(&name) || HONOURED.contains(&name) || is_variant || is_off(value)
+            }
         };
         if !supported {
             let (field, value) = (field.clone(), value.to_string());
@@ -148,6 +156,43 @@ impl<'a> Fields<'a> {
             _ => Err(self.wrong(name, value, "a module name")),
         };
         values.iter().map(string).collect()
+    }
+
+    /// A list of names; empty if it is null.
+    pub(super) fn names(&self, name: &str) -> Result<Vec<String>, AdapterError> {
+        match self.get(name) {
+            Value::Null => Ok(Vec::new()),
+            Value::Array(values) => self.strings(name, values),
+            value => Err(self.wrong(name, value, "a list of module names")),
+        }
+    }
+
+    /// The keys of an object, in their order.
+    pub(super) fn keys(&self, name: &str) -> Vec<String> {
+        self.get(name).as_object().into_iter().flat_map(Map::keys).cloned().collect()
+    }
+
+    /// `trainable_token_indices`: tokens, or tokens for each of some modules.
+    pub(super) fn token_rows(&self) -> Result<Vec<TokenRows>, AdapterError> {
+        let name = "trainable_token_indices";
+        let ids = |value: &Value| {
+            let wrong = || self.wrong(name, value, "a list of tokens, each once");
+            let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+            let ids: Option<Vec<u32>> =
+                value.as_array().and_then(|ids| ids.iter().map(id).collect());
+            let ids = ids.ok_or_else(wrong)?;
+            let distinct: std::collections::HashSet<&u32> = ids.iter().collect();
+            if distinct.len() == ids.len() { Ok(ids) } else { Err(wrong()) }
+        };
+        match self.get(name) {
+            Value::Null => Ok(Vec::new()),
+            Value::Array(values) if values.is_empty() => Ok(Vec::new()),
+            value @ Value::Array(_) => Ok(vec![(None, ids(value)?)]),
+            Value::Object(map) => {
+                map.iter().map(|(key, value)| Ok((Some(key.clone()), ids(value)?))).collect()
+            }
+            value => Err(self.wrong(name, value, "a list of tokens or an object of lists")),
+        }
     }
 
     pub(super) fn modules(&self, name: &str) -> Result<Option<Modules>, AdapterError> {

@@ -9,7 +9,8 @@ use std::{
 };
 
 use super::{AdapterError, LoadLimits, LoraAdapter, check_base};
-use crate::model::ModelConfig;
+use crate::model::{Decoder, ModelConfig};
+use crate::text::{TextError, Tokenizer};
 
 /// Longest name, in bytes.
 const NAME_BYTES_LIMIT: usize = 256;
@@ -23,20 +24,42 @@ pub struct AdapterVersion {
     pub version: u64,
     /// The weights.
     pub adapter: Arc<LoraAdapter>,
+    /// The tokenizer of its folder, if it has tokens of its own: texts for it are split by this one.
+    pub tokenizer: Option<Arc<Tokenizer>>,
     /// The folder that it was read from; its content may have changed since.
     pub path: PathBuf,
     /// Unix seconds.
     pub loaded_at: u64,
 }
 
+impl AdapterVersion {
+    /// The tokenizer for texts to and from `adapter`: its own, or `base`.
+    #[must_use]
+    pub fn tokenizer_of<'a>(
+        adapter: Option<&'a Arc<Self>>,
+        base: &'a Arc<Tokenizer>,
+    ) -> &'a Arc<Tokenizer> {
+        adapter.and_then(|version| version.tokenizer.as_ref()).unwrap_or(base)
+    }
+}
+
 /// Name -> current version. Shared by the HTTP floor; a request resolves its name once and keeps
 /// the `Arc`, so a replaced version lives until its last request has ended.
 pub struct AdapterRegistry {
     model: ModelConfig,
-    base_fingerprint: Option<String>,
+    base: Base,
     limits: LoadLimits,
     current: RwLock<BTreeMap<String, Arc<AdapterVersion>>>,
     slots: Mutex<HashMap<String, Arc<Slot>>>,
+}
+
+/// What adapters must have been made for.
+enum Base {
+    /// Anything of the right shape.
+    Any,
+    Fingerprint(String),
+    /// Hashing it takes a moment, so only where a card names a base.
+    Decoder(Arc<Decoder>),
 }
 
 /// What a name keeps beyond its versions: the number of the last one, locked while one is loaded.
@@ -51,7 +74,7 @@ impl AdapterRegistry {
     pub fn new(model: ModelConfig) -> Self {
         Self {
             model,
-            base_fingerprint: None,
+            base: Base::Any,
             limits: LoadLimits::default(),
             current: RwLock::default(),
             slots: Mutex::default(),
@@ -61,7 +84,15 @@ impl AdapterRegistry {
     /// Refuses adapters whose card was written for a base with another fingerprint.
     #[must_use]
     pub fn with_base_fingerprint(mut self, fingerprint: &str) -> Self {
-        self.base_fingerprint = Some(fingerprint.to_owned());
+        self.base = Base::Fingerprint(fingerprint.to_owned());
+        self
+    }
+
+    /// The same for the base itself, whose fingerprint is computed once a card names one, and for which
+    /// adapters are prepared while they are loaded rather than at their first request.
+    #[must_use]
+    pub fn with_base(mut self, decoder: &Arc<Decoder>) -> Self {
+        self.base = Base::Decoder(Arc::clone(decoder));
         self
     }
 
@@ -102,11 +133,17 @@ impl AdapterRegistry {
     /// # Errors
     /// Every reason to refuse the folder.
     pub fn read(&self, name: &str, dir: &Path) -> Result<AdapterVersion, AdapterError> {
-        if let Some(fingerprint) = &self.base_fingerprint {
-            check_base(dir, fingerprint)?;
+        match &self.base {
+            Base::Any => {}
+            Base::Fingerprint(fingerprint) => check_base(dir, || fingerprint)?,
+            Base::Decoder(decoder) => check_base(dir, || decoder.fingerprint())?,
         }
         let adapter = LoraAdapter::read_within(dir, &self.model, false, &self.limits)?;
+        if let Base::Decoder(decoder) = &self.base {
+            adapter.prepare(decoder)?;
+        }
         Ok(AdapterVersion {
+            tokenizer: own_tokenizer(&adapter, dir)?,
             name: name.to_owned(),
             version: 0,
             adapter: Arc::new(adapter),
@@ -169,6 +206,21 @@ impl AdapterRegistry {
             slots.remove(name);
         }
     }
+}
+
+/// The tokenizer beside an adapter that has rows of the embedding; one for the base is not held twice.
+fn own_tokenizer(
+    adapter: &LoraAdapter,
+    dir: &Path,
+) -> Result<Option<Arc<Tokenizer>>, AdapterError> {
+    if !adapter.has_own_tokens() || !dir.join("tokenizer.json").exists() {
+        return Ok(None);
+    }
+    let malformed = |error: TextError| AdapterError::MalformedFile {
+        path: dir.to_owned(),
+        detail: error.to_string(),
+    };
+    Ok(Some(Arc::new(Tokenizer::from_dir(dir).map_err(malformed)?)))
 }
 
 fn check_name(name: &str) -> Result<(), AdapterError> {

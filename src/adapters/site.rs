@@ -29,3 +29,8 @@ pub(super) fn tensor_name(site: Site, matrix: Matrix) -> String {
     };
     format!("base_model.model.{}.{matrix}.weight", site_key(site))
 }
+
+/// The name of a variant's vector in a PEFT file.
+pub(super) fn vector_name(site: Site, vector: &str) -> String {
+    format!("base_model.model.{}.{vector}", site_key(site))
+}

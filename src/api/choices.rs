@@ -17,6 +17,7 @@ use super::{
         FunctionCall, PromptTokensDetails, RankedToken, TokenLogprob, ToolCallObject, Usage,
     },
 };
+use crate::adapters::AdapterVersion;
 use crate::engine::{
     FinishReason, GenerationEvent, GenerationStream, GenerationUsage, TokenLogprobs,
 };
@@ -69,13 +70,14 @@ impl Choices {
         for index in 0..num_choices {
             streams.push(state.engine.generate(prepared.generation_request(index, eos))?);
         }
+        let tokenizer = AdapterVersion::tokenizer_of(prepared.adapter.as_ref(), &state.tokenizer);
         let (sender, events) = mpsc::channel(PIECES_AHEAD);
         let mut tasks = JoinSet::new();
         for (index, stream) in streams.into_iter().enumerate() {
             let choice = Choice {
                 stream,
-                tokenizer: Arc::clone(&state.tokenizer),
-                detokenizer: Detokenizer::new(Arc::clone(&state.tokenizer), &prepared.prompt),
+                tokenizer: Arc::clone(tokenizer),
+                detokenizer: Detokenizer::new(Arc::clone(tokenizer), &prepared.prompt),
                 stops: StopMatcher::new(&prepared.request.stop),
                 calls: tool_call_parser(state, prepared),
                 num_calls: 0,

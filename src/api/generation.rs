@@ -110,7 +110,8 @@ pub(crate) fn prepare_chat(
         let message = format!("`logit_bias` names token {id}, which the model does not have");
         return Err(ApiError::invalid("logit_bias", message));
     }
-    let prompt = state.tokenizer.encode(&text, false)?;
+    let tokenizer = AdapterVersion::tokenizer_of(adapter.as_ref(), &state.tokenizer);
+    let prompt = tokenizer.encode(&text, false)?;
     let room = context.saturating_sub(prompt.len());
     let max_tokens = request.max_tokens.unwrap_or(room);
     if room == 0 || max_tokens > room {

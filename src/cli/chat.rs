@@ -17,7 +17,7 @@ use crate::engine::{
     self, EngineConfig, EngineError, EngineHandle, GenerationEvent, GenerationRequest,
     GenerationStream, RequestOptions, SamplingParams,
 };
-use crate::model::Quantization;
+use crate::model::{KvDtype, Quantization};
 use crate::text::{ChatTemplate, Detokenizer, Tokenizer};
 
 /// Memory for keys and values of the one conversation, in bytes.
@@ -47,6 +47,9 @@ pub(super) struct ChatArgs {
     /// Hold the base in 8 bits, or its projections in 4: less memory, faster, a little less exact
     #[arg(long, value_name = "none|int8|int4", default_value = "none")]
     quantize: Quantization,
+    /// How keys and values are held: bf16 and int8 take less memory and are a little less exact
+    #[arg(long, value_name = "f32|bf16|int8", default_value = "f32")]
+    kv_dtype: KvDtype,
     /// Threads of the tensor operations [default: all cores]
     #[arg(long)]
     threads: Option<usize>,
@@ -122,11 +125,12 @@ impl Conversation {
             anyhow::Ok(version)
         };
         let adapter = args.adapter.as_ref().map(load).transpose()?;
-        let config = EngineConfig::for_model(model.decoder.config(), 1, KV_CACHE_BYTES);
+        let config =
+            EngineConfig::for_cache(model.decoder.config(), 1, KV_CACHE_BYTES, args.kv_dtype);
         let mut conversation = Self {
             stop_token_ids: model.stop_token_ids(),
             engine: engine::spawn(Arc::new(model.decoder), config)?,
-            tokenizer: model.tokenizer,
+            tokenizer: Arc::clone(AdapterVersion::tokenizer_of(adapter.as_ref(), &model.tokenizer)),
             template: model.template,
             adapter,
             max_tokens: args.max_tokens,

@@ -23,7 +23,7 @@ use super::{
 };
 use crate::data::{Row, RowBody, read_rows};
 use crate::eval::{EvalReport, Requirement, table};
-use crate::train::{TrainConfig, run_examined as train};
+use crate::train::{Surroundings, TrainConfig, run_with as train};
 
 /// What clients call the adapter.
 const ADAPTER_NAME: &str = "recipe-assistant";
@@ -169,7 +169,8 @@ fn train_adapter(places: &Places, threads: Option<usize>) -> anyhow::Result<()> 
     let Prepared { job, mut examiner } = prepare(config, &|line| println!("{line}"))?;
     let mut progress = Progress::new();
     let stop = AtomicBool::new(false);
-    let result = train(&job, &mut |event| progress.show(event), Some(&mut examiner), &stop);
+    let around = Surroundings { examiner: Some(&mut examiner), ..Surroundings::default() };
+    let result = train(&job, &mut |event| progress.show(event), around, &stop);
     progress.finish();
     let summary = result?;
     println!("published {} after {} steps", summary.path.display(), summary.step);

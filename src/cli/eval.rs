@@ -22,7 +22,7 @@ use crate::engine::{self, EngineConfig};
 use crate::eval::{
     Arm, EvalReport, Requirement, Runner, arms, html, parse_arms, report::Metadata, table,
 };
-use crate::model::Quantization;
+use crate::model::{KvDtype, Quantization};
 use crate::publish::{publish_file, sha256_file};
 
 /// Memory for keys and values while evaluating, in bytes.
@@ -78,6 +78,9 @@ pub(super) struct EvalArgs {
     /// Hold the base in 8 bits, or its projections in 4: less memory, faster, a little less exact
     #[arg(long, value_name = "none|int8|int4", default_value = "none")]
     pub(super) quantize: Quantization,
+    /// How keys and values are held: bf16 and int8 take less memory and are a little less exact
+    #[arg(long, value_name = "f32|bf16|int8", default_value = "f32")]
+    pub(super) kv_dtype: KvDtype,
     /// Threads of the tensor operations [default: all cores]
     #[arg(long)]
     pub(super) threads: Option<usize>,
@@ -137,10 +140,11 @@ pub(super) fn evaluate(args: &EvalArgs) -> anyhow::Result<EvalReport> {
         ..Metadata::default()
     };
     let stop_token_ids = model.stop_token_ids();
-    let config = EngineConfig::for_model(
+    let config = EngineConfig::for_cache(
         model.decoder.config(),
         EngineConfig::DEFAULT_MAX_NUM_SEQS,
         KV_CACHE_BYTES,
+        args.kv_dtype,
     );
     let engine = engine::spawn(Arc::new(model.decoder), config)?;
     let runner = Runner {
@@ -175,12 +179,11 @@ pub(super) fn write_reports(
 ) -> anyhow::Result<()> {
     if let Some(path) = json {
         let text = serde_json::to_string_pretty(&report.to_json())? + "\n";
-        publish_file(path, text.as_bytes()).with_context(|| path.display().to_string())?;
+        publish_file(path, text.as_bytes())?;
         println!("wrote {}", path.display());
     }
     if let Some(path) = html {
-        publish_file(path, html::render(report).as_bytes())
-            .with_context(|| path.display().to_string())?;
+        publish_file(path, html::render(report).as_bytes())?;
         println!("wrote {}", path.display());
     }
     Ok(())

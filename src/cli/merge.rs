@@ -12,7 +12,7 @@ use clap::Args;
 use super::common::resolve_model;
 use crate::adapters::{LoraAdapter, check_base, merged_weights, write_weights};
 use crate::model::{Decoder, WeightMode};
-use crate::publish::publish_dir;
+use crate::publish::{disk, publish_dir};
 
 /// What a model folder has beside its weights.
 const COPIED_FILES: &[&str] = &[
@@ -60,17 +60,22 @@ pub(super) fn run(args: &MergeArgs) -> anyhow::Result<ExitCode> {
     let decoder = Decoder::load(&dir, WeightMode::Frozen)
         .with_context(|| format!("loading {}", dir.display()))?;
     let in_adapter = || format!("adapter {}", args.adapter.display());
-    check_base(&args.adapter, decoder.fingerprint()).with_context(in_adapter)?;
+    check_base(&args.adapter, || decoder.fingerprint()).with_context(in_adapter)?;
     let adapter =
         LoraAdapter::read(&args.adapter, decoder.config(), false).with_context(in_adapter)?;
     let weights = merged_weights(decoder.tensors(), &adapter).with_context(in_adapter)?;
     publish_dir(&args.output, |output| -> anyhow::Result<()> {
         for name in COPIED_FILES {
-            let source = dir.join(name);
+            let own = args.adapter.join(name);
+            // Tokens that the base does not have came with the adapter.
+            let is_own = adapter.has_own_tokens() && name.contains("token") && own.is_file();
+            let source = if is_own { own } else { dir.join(name) };
             if source.is_file() {
-                fs::copy(&source, output.join(name))
-                    .with_context(|| format!("copying {}", source.display()))?;
+                disk::copy(&source, &output.join(name))?;
             }
+        }
+        if adapter.unties_head() {
+            untie(&output.join("config.json"))?;
         }
         Ok(write_weights(output, &weights)?)
     })
@@ -82,6 +87,15 @@ pub(super) fn run(args: &MergeArgs) -> anyhow::Result<ExitCode> {
         args.output.display()
     );
     Ok(ExitCode::SUCCESS)
+}
+
+/// Says in a config.json that head and embedding are two matrices.
+fn untie(config: &Path) -> anyhow::Result<()> {
+    let context = || config.display().to_string();
+    let text = fs::read_to_string(config).with_context(context)?;
+    let mut value: serde_json::Value = serde_json::from_str(&text).with_context(context)?;
+    value["tie_word_embeddings"] = false.into();
+    fs::write(config, serde_json::to_string_pretty(&value)? + "\n").with_context(context)
 }
 
 fn is_free(output: &Path) -> std::io::Result<bool> {

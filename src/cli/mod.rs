@@ -18,6 +18,7 @@ mod jobs;
 mod limits;
 mod memory;
 mod merge;
+mod pause_signal;
 mod progress;
 mod pull;
 pub mod serve;

@@ -74,6 +74,18 @@ impl Progress {
             TrainEvent::Epoch { epoch, path, .. } => {
                 self.say(&format!("epoch {epoch}: published {}", path.display()));
             }
+            TrainEvent::Paused { step } => self.say(&format!("paused after step {step}")),
+            TrainEvent::Continued { step, .. } => self.say(&format!("going on after step {step}")),
+            TrainEvent::Best { step, loss } => self.say(&format!(
+                "the best validation loss was {loss:.4} after step {step}: that is what is published"
+            )),
+            TrainEvent::Candidate { name, until } => {
+                self.say(&format!("candidate {name}: to step {until}"));
+            }
+            TrainEvent::Eliminated { name, step, loss } => {
+                let loss = loss.map_or(String::new(), |loss| format!(" (valid loss {loss:.4})"));
+                self.say(&format!("candidate {name} ends after step {step}{loss}"));
+            }
             TrainEvent::Checkpointed { .. }
             | TrainEvent::Published { .. }
             | TrainEvent::Stopped { .. } => {}

@@ -3,8 +3,11 @@
 pub(super) mod args;
 mod data;
 mod examiner;
+mod figures;
 pub(super) mod forecast;
 mod report_page;
+mod telemetry;
+mod vocabulary;
 
 use std::{
     io::Write,
@@ -13,6 +16,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use anyhow::Context;
@@ -21,20 +25,24 @@ pub(super) use self::args::TrainArgs;
 use self::{
     data::{DataReader, file_layer, say_overlap},
     examiner::EngineExaminer,
+    figures::Figures,
     forecast::{dry_run, fit_memory},
+    vocabulary::{Vocabulary, vocabulary},
 };
 use super::{
     common::resolve_model,
     limits,
+    pause_signal::pause_on_signal,
     progress::Progress,
     settings::layered,
     stop_signal::{stop_at_end_of_input, stop_on_signals},
 };
 use crate::data::{DataError, Encoder, questions};
 use crate::model::ModelConfig;
-use crate::text::{ChatTemplate, Tokenizer};
+use crate::text::ChatTemplate;
 use crate::train::{
-    Outcome, TrainConfig, TrainEvent, TrainJob, TrainSummary, run_examined as train,
+    Outcome, Surroundings, SweepRow, TrainConfig, TrainError, TrainEvent, TrainJob, TrainSummary,
+    run_sweep, run_with,
 };
 
 /// Problems of a data file that are shown before the rest is only counted.
@@ -56,6 +64,7 @@ pub(super) fn run(args: &TrainArgs) -> anyhow::Result<ExitCode> {
     }
     let stop = Arc::new(AtomicBool::new(false));
     stop_on_signals(&stop, args.leash)?;
+    let pause = pause_on_signal()?;
     if args.leash {
         stop_at_end_of_input(&stop)?;
     }
@@ -70,17 +79,59 @@ pub(super) fn run(args: &TrainArgs) -> anyhow::Result<ExitCode> {
         dry_run(&job, &stop)?;
         return Ok(ExitCode::SUCCESS);
     }
+    let figures = Figures::new();
+    let _pusher = publish_figures(args, &job, &figures, &say)?;
+    let around = Surroundings { examiner: Some(&mut examiner), pause: Some(&pause) };
     if args.events {
-        let mut observer = |event: &TrainEvent| print_event(event, &stop);
-        train(&job, &mut observer, Some(&mut examiner), &stop)?;
+        let mut observer = |event: &TrainEvent| {
+            figures.hear(event);
+            print_event(event, &stop);
+        };
+        train(job, &mut observer, around, &stop)?;
         return Ok(ExitCode::SUCCESS);
     }
     println!("{}", serde_json::to_string(&job.config)?);
     let mut progress = Progress::new();
-    let result = train(&job, &mut |event| progress.show(event), Some(&mut examiner), &stop);
+    let mut observer = |event: &TrainEvent| {
+        figures.hear(event);
+        progress.show(event);
+    };
+    let result = train(job, &mut observer, around, &stop);
     progress.finish();
-    print_summary(&result?);
+    let (summary, rows) = result?;
+    print_summary(&summary, &rows);
     Ok(ExitCode::SUCCESS)
+}
+
+/// One run, or those of a sweep, of which there is a row each.
+fn train(
+    job: TrainJob,
+    observer: &mut dyn FnMut(&TrainEvent),
+    mut around: Surroundings<'_>,
+    stop: &AtomicBool,
+) -> Result<(TrainSummary, Vec<SweepRow>), TrainError> {
+    if job.config.sweep.is_empty() {
+        return Ok((run_with(&job, observer, around.lend(), stop)?, Vec::new()));
+    }
+    let sweep = run_sweep(job, observer, around, stop)?;
+    Ok((sweep.summary, sweep.rows))
+}
+
+/// Gives the figures to those who were named for it, until the pusher is dropped.
+fn publish_figures(
+    args: &TrainArgs,
+    job: &TrainJob,
+    figures: &Figures,
+    say: &dyn Fn(&str),
+) -> anyhow::Result<Option<telemetry::Pusher>> {
+    if let Some(address) = args.metrics_addr {
+        let address = telemetry::serve(address, figures.clone())?;
+        say(&format!("metrics: http://{address}/metrics"));
+    }
+    let Some(url) = &args.otlp else { return Ok(None) };
+    let output = job.config.output.display().to_string();
+    let interval = Duration::from_secs(args.otlp_seconds);
+    Ok(Some(telemetry::Pusher::start(url, interval, output, figures.clone())?))
 }
 
 /// The settings of all layers, and whether to validate at the end of each epoch.
@@ -112,14 +163,15 @@ pub(super) struct Prepared {
 pub(super) fn prepare(config: TrainConfig, say: &dyn Fn(&str)) -> anyhow::Result<Prepared> {
     let model_dir = resolve_model(&config.model)?;
     let context = || format!("loading {}", model_dir.display());
-    let tokenizer = Tokenizer::from_dir(&model_dir).with_context(context)?;
+    let mut config = config;
+    let Vocabulary { tokenizer, companions } = vocabulary(&mut config, &model_dir)?;
     let template = ChatTemplate::from_dir(&model_dir).with_context(context)?;
     let positions =
         ModelConfig::from_dir(&model_dir).with_context(context)?.max_position_embeddings;
     let encoder = Encoder {
         tokenizer: &tokenizer,
         template: &template,
-        loss_on: config.loss_on.into(),
+        loss_on: config.encoded_tokens(),
         max_length: config.max_length.min(positions),
     };
     let reader = DataReader { config: &config, encoder, say };
@@ -132,7 +184,7 @@ pub(super) fn prepare(config: TrainConfig, say: &dyn Fn(&str)) -> anyhow::Result
     let (questions, held_out) =
         if held_out.is_empty() { (questions(&train.rows), false) } else { (held_out, true) };
     let (train, valid) = (train.examples, valid.examples);
-    let job = TrainJob { config, model_dir, train, valid, sources };
+    let job = TrainJob { config, model_dir, train, valid, companions, sources };
     let (tokenizer, template) = (Arc::new(tokenizer), Arc::new(template));
     Ok(Prepared { job, examiner: EngineExaminer { tokenizer, template, questions, held_out } })
 }
@@ -150,8 +202,11 @@ pub(super) fn show_problems(error: DataError) -> anyhow::Error {
     error.into()
 }
 
-fn print_summary(summary: &TrainSummary) {
+fn print_summary(summary: &TrainSummary, rows: &[SweepRow]) {
     let TrainSummary { step, total_steps, path, digest, seconds, .. } = summary;
+    if !rows.is_empty() {
+        print!("{}", SweepRow::table(rows));
+    }
     let path = path.display();
     if summary.outcome == Outcome::Stopped {
         println!("stopped after step {step} of {total_steps}; the state is in {path}");
@@ -161,10 +216,16 @@ fn print_summary(summary: &TrainSummary) {
     if summary.outcome == Outcome::TimeLimit {
         println!("the time limit ended the run after step {step} of {total_steps}");
     }
+    if summary.outcome == Outcome::EarlyStopped {
+        println!(
+            "the validation loss did not become better: the run ended after step {step} of {total_steps}"
+        );
+    }
     let loss = summary.loss.map_or(String::new(), |loss| format!(", loss {loss:.4}"));
     let valid = summary.valid.map_or(String::new(), |(loss, accuracy)| {
         format!(", valid loss {loss:.4}, valid accuracy {:.1} %", accuracy * 100.0)
     });
-    println!("published {path} after {step} steps in {seconds:.1} s{loss}{valid}");
+    let best = summary.best_step.map_or(String::new(), |best| format!(" (the best: step {best})"));
+    println!("published {path} after {step} steps{best} in {seconds:.1} s{loss}{valid}");
     println!("digest {digest}");
 }

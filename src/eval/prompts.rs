@@ -1,9 +1,12 @@
 //! The prompt that each arm sends for each question, as the server would build it, and the tokens
 //! of the reference answer after it.
 
+use std::sync::Arc;
+
 use serde_json::{Map, json};
 
 use super::{Arm, EvalError};
+use crate::adapters::AdapterVersion;
 use crate::data::{Question, Row, choose_examples, few_shot};
 use crate::text::{ChatTemplate, TextError, Tokenizer};
 
@@ -17,10 +20,13 @@ pub(super) struct Prompt {
 
 /// What prompts are made with.
 pub(super) struct Prompts<'a> {
-    pub(super) tokenizer: &'a Tokenizer,
+    /// The base model's.
+    pub(super) tokenizer: &'a Arc<Tokenizer>,
     pub(super) template: &'a ChatTemplate,
     pub(super) stop_token_ids: &'a [u32],
     pub(super) seed: u64,
+    /// Those of the arms, each of which may have a tokenizer of its own.
+    pub(super) adapters: &'a [Option<Arc<AdapterVersion>>],
 }
 
 impl Prompts<'_> {
@@ -33,7 +39,8 @@ impl Prompts<'_> {
         examples: &[Row],
     ) -> Result<Vec<Vec<Prompt>>, EvalError> {
         let mut prompts = Vec::with_capacity(arms.len());
-        for arm in arms {
+        for (arm, adapter) in arms.iter().zip(self.adapters) {
+            let tokenizer = AdapterVersion::tokenizer_of(adapter.as_ref(), self.tokenizer);
             let failed = |question: &Question, source| EvalError::Prompt {
                 line: question.line,
                 arm: arm.to_string(),
@@ -44,7 +51,9 @@ impl Prompts<'_> {
                 Arm::Base | Arm::Tuned(_) => questions.to_vec(),
             };
             let of_arm: Result<Vec<Prompt>, EvalError> = (shown.iter())
-                .map(|question| self.prompt(question).map_err(|source| failed(question, source)))
+                .map(|question| {
+                    self.prompt(question, tokenizer).map_err(|source| failed(question, source))
+                })
                 .collect();
             prompts.push(of_arm?);
         }
@@ -59,14 +68,14 @@ impl Prompts<'_> {
         Ok(chosen)
     }
 
-    fn prompt(&self, question: &Question) -> Result<Prompt, TextError> {
-        let tokens = question.prompt_tokens(self.tokenizer, self.template)?;
+    fn prompt(&self, question: &Question, tokenizer: &Tokenizer) -> Result<Prompt, TextError> {
+        let tokens = question.prompt_tokens(tokenizer, self.template)?;
         let rest = match &question.raw_prompt {
-            Some(_) => question.answer.clone() + self.tokenizer.eos_token().unwrap_or_default(),
+            Some(_) => question.answer.clone() + tokenizer.eos_token().unwrap_or_default(),
             None => self.rendered_answer(question)?,
         };
         // Tokenised by itself, as in training: the answer continues the prompt's tokens.
-        let mut reference = self.tokenizer.encode(&rest, false)?;
+        let mut reference = tokenizer.encode(&rest, false)?;
         // What a template writes after the end of the turn is no part of the answer.
         let end = reference.iter().position(|token| self.stop_token_ids.contains(token));
         reference.truncate(end.map_or(reference.len(), |end| end + 1));

@@ -105,7 +105,11 @@ impl Runner<'_> {
         metadata: Metadata,
         on_progress: &mut dyn FnMut(Progress),
     ) -> Result<EvalReport, EvalError> {
+        let adapters: Result<Vec<_>, EvalError> =
+            arms.iter().map(|arm| self.adapter(arm)).collect();
+        let adapters = adapters?;
         let prompts = Prompts {
+            adapters: &adapters,
             tokenizer: self.tokenizer,
             template: self.template,
             stop_token_ids: self.stop_token_ids,
@@ -115,9 +119,6 @@ impl Runner<'_> {
         let longest = prompts.iter().flatten().map(|prompt| prompt.reference.len()).max();
         let max_tokens =
             self.max_tokens.unwrap_or_else(|| (2 * longest.unwrap_or(0)).max(MIN_MAX_TOKENS));
-        let adapters: Result<Vec<_>, EvalError> =
-            arms.iter().map(|arm| self.adapter(arm)).collect();
-        let adapters = adapters?;
         let start = Instant::now();
         let evaluation =
             Evaluation { runner: self, arms, questions, adapters, prompts, max_tokens };
@@ -242,7 +243,9 @@ impl Evaluation<'_> {
         let Pending { task, arm, row, mut stream } = pending;
         let prompt = &self.prompts[arm][row];
         let outcome = &mut outcomes[arm][row];
-        let mut detokenizer = Detokenizer::new(Arc::clone(self.runner.tokenizer), &prompt.tokens);
+        let adapter = self.adapters[arm].as_ref();
+        let tokenizer = AdapterVersion::tokenizer_of(adapter, self.runner.tokenizer);
+        let mut detokenizer = Detokenizer::new(Arc::clone(tokenizer), &prompt.tokens);
         let text = |source: TextError| self.prompt_error(arm, row, source);
         while let Some(event) = stream.blocking_next() {
             match event {

@@ -48,9 +48,10 @@ pub(super) fn publish(service: &Service, id: &str, dir: &Path) -> Result<(), Pub
     let name = model_name(&service.config, &job);
     let version = Arc::new(service.parts.registry.read(&name, dir)?);
     let mut events = Vec::new();
+    let kv_dtype = service.parts.engine.config().kv_dtype;
     match parity::compare(service, &version, dir) {
         _ if service.is_stopping() => return Err(PublishError::Stopping),
-        Ok(Some(parity)) if parity.max_difference > parity::TOLERANCE => {
+        Ok(Some(parity)) if !parity.is_close(kv_dtype) => {
             return Err(PublishError::Parity(parity.max_difference));
         }
         Ok(Some(parity)) => events.push((

@@ -6,6 +6,7 @@ use super::{
     Kernels,
     panels::GROUP,
     product::tile_height,
+    quantize::{size, whole},
     simd::{LANES, Simd},
     threads::{Shared, for_each_range},
 };
@@ -140,18 +141,15 @@ unsafe fn quantize_group<S: Simd>(values: &[f32], to: *mut i8) -> (f32, i32) {
     // SAFETY: by contract.
     unsafe {
         let halves = [S::load(values.as_ptr()), S::load(values.as_ptr().add(LANES))];
-        let zero = S::splat(0.0);
-        let size = |v| S::max(v, S::sub(zero, v));
-        let greatest = S::max_lane(S::max(size(halves[0]), size(halves[1])));
-        let inverse = if greatest > 0.0 { 127.0 / greatest } else { 0.0 };
-        let most = S::splat(127.0);
-        let rounded = halves.map(|half| {
-            let scaled = S::round(S::mul(half, S::splat(inverse)));
-            S::max(S::min(scaled, most), S::sub(zero, most))
-        });
-        for (half, value) in rounded.into_iter().enumerate() {
-            S::store_int8(to.add(half * LANES), value);
-        }
+        let greatest = S::max_lane(S::max(size::<S>(halves[0]), size::<S>(halves[1])));
+        let inverse = S::splat(if greatest > 0.0 { 127.0 / greatest } else { 0.0 });
+        // No closures here: they would be called, not inlined.
+        let rounded = [
+            whole::<S>(S::mul(halves[0], inverse), -127.0, 127.0),
+            whole::<S>(S::mul(halves[1], inverse), -127.0, 127.0),
+        ];
+        S::store_int8(to, rounded[0]);
+        S::store_int8(to.add(LANES), rounded[1]);
         // Whole numbers far below 2^24: exact in any order.
         #[allow(clippy::cast_possible_truncation, reason = "a whole number below 2^13")]
         let sum = S::sum(S::add(rounded[0], rounded[1])) as i32;

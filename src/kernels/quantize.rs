@@ -6,6 +6,8 @@
 //! No multiplication is fused with an addition here and sums have one order, so that a file gives the
 //! same integers on every machine.
 
+#![allow(clippy::needless_range_loop, reason = "vectors are indexed")]
+
 use half::bf16;
 
 use super::{
@@ -43,10 +45,10 @@ pub(super) unsafe fn round_to_8_bits<S: Simd>(row: RoundRow<'_>) {
                 quants.fill(0);
                 continue;
             }
-            for (half, value) in halves.into_iter().enumerate() {
-                let rounded = S::round(S::div(value, S::splat(scale.to_f32())));
-                let clamped = S::max(S::min(rounded, S::splat(127.0)), S::splat(-127.0));
-                S::store_int8(quants.as_mut_ptr().add(half * LANES), clamped);
+            let divisor = S::splat(scale.to_f32());
+            for half in 0..2 {
+                let rounded = whole::<S>(S::div(halves[half], divisor), -127.0, 127.0);
+                S::store_int8(quants.as_mut_ptr().add(half * LANES), rounded);
             }
         }
     }
@@ -61,7 +63,8 @@ pub(super) unsafe fn round_to_8_bits<S: Simd>(row: RoundRow<'_>) {
 pub(super) unsafe fn round_to_4_bits<S: Simd>(row: RoundRow<'_>) {
     let groups = row.values.chunks_exact(GROUP).zip(row.quants.chunks_exact_mut(GROUP));
     for ((values, quants), to) in groups.zip(row.scales) {
-        (*to, quants[..]) = (bf16::ZERO, [0; GROUP]);
+        *to = bf16::ZERO;
+        quants.fill(0);
         // SAFETY: 32 elements are there to read and to write.
         unsafe {
             let halves = [S::load(values.as_ptr()), S::load(values.as_ptr().add(LANES))];
@@ -74,10 +77,10 @@ pub(super) unsafe fn round_to_4_bits<S: Simd>(row: RoundRow<'_>) {
             let mut least = f32::INFINITY;
             for candidate in -CANDIDATES..=CANDIDATES {
                 let inverse = S::splat(-(8.0 + 0.1 * candidate as f32) / extreme);
-                let rounded = halves.map(|half| {
-                    let rounded = S::round(S::mul(half, inverse));
-                    S::max(S::min(rounded, S::splat(7.0)), S::splat(-8.0))
-                });
+                let rounded = [
+                    whole::<S>(S::mul(halves[0], inverse), -8.0, 7.0),
+                    whole::<S>(S::mul(halves[1], inverse), -8.0, 7.0),
+                ];
                 // The scale that suits these integers best, by least squares.
                 let cross = both::<S>(halves, rounded);
                 let square = both::<S>(rounded, rounded);
@@ -86,18 +89,30 @@ pub(super) unsafe fn round_to_4_bits<S: Simd>(row: RoundRow<'_>) {
                 let error = scale.to_f32() * (scale.to_f32() * square - 2.0 * cross);
                 if error < least {
                     (least, *to) = (error, scale);
-                    for (half, value) in rounded.into_iter().enumerate() {
-                        S::store_int8(quants.as_mut_ptr().add(half * LANES), value);
-                    }
+                    S::store_int8(quants.as_mut_ptr(), rounded[0]);
+                    S::store_int8(quants.as_mut_ptr().add(LANES), rounded[1]);
                 }
             }
         }
     }
 }
 
-/// The magnitudes.
+/// The nearest whole numbers from `least` to `most`.
+///
+/// # Safety
+/// The CPU has the features of `S`.
 #[inline(always)]
-unsafe fn size<S: Simd>(a: S::V) -> S::V {
+pub(super) unsafe fn whole<S: Simd>(a: S::V, least: f32, most: f32) -> S::V {
+    // SAFETY: lane arithmetic.
+    unsafe { S::max(S::min(S::round(a), S::splat(most)), S::splat(least)) }
+}
+
+/// The magnitudes.
+///
+/// # Safety
+/// The CPU has the features of `S`.
+#[inline(always)]
+pub(super) unsafe fn size<S: Simd>(a: S::V) -> S::V {
     // SAFETY: lane arithmetic.
     unsafe { S::max(a, S::sub(S::splat(0.0), a)) }
 }

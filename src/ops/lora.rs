@@ -5,7 +5,11 @@ use std::{ops::Range, sync::Arc};
 
 use candle_core::{CpuStorage, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor};
 
-use super::storage::{f32_slice, mismatch, tensor, with_f32};
+use super::{
+    profile::{Op, time},
+    storage::{f32_slice, mismatch, tensor, with_f32},
+    weight::Weight,
+};
 use crate::kernels::{LoraSegment, MatmulJob, PackedWeight, WeightForm, add_lora, best, linear};
 
 const NAME: &str = "lora";
@@ -49,6 +53,33 @@ impl LoraPart {
         };
         Ok(Self { a: pack(a)?, b: pack(b)?, scale: narrow(scale) })
     }
+
+    /// `A [rank, in]` and `B [out, rank]` as they were packed.
+    ///
+    /// # Errors
+    /// Where there is no memory for them.
+    pub fn matrices(&self) -> Result<[Tensor; 2]> {
+        let unpack = |packed: &Arc<PackedWeight>| Weight::Packed(Arc::clone(packed)).to_tensor();
+        Ok([unpack(&self.a)?, unpack(&self.b)?])
+    }
+
+    /// Elements of A and of B.
+    #[must_use]
+    pub fn num_elements(&self) -> usize {
+        [&self.a, &self.b].map(|packed| packed.shape().iter().product::<usize>()).iter().sum()
+    }
+
+    /// Bytes of both in memory.
+    #[must_use]
+    pub fn num_bytes(&self) -> usize {
+        self.a.num_bytes() + self.b.num_bytes()
+    }
+
+    /// Rows of A.
+    #[must_use]
+    pub fn rank(&self) -> usize {
+        self.a.shape()[0]
+    }
 }
 
 /// Adds the contributions of several adapters, each to its rows of `output [rows, out]`, in place: the
@@ -61,6 +92,13 @@ pub fn add_in_place(
     x: &Tensor,
     segments: Vec<(Range<usize>, LoraPart)>,
 ) -> Result<()> {
+    let _time = time(Op::Lora).work(|| {
+        let of = |(rows, LoraPart { a, b, .. }): &(Range<usize>, LoraPart)| {
+            let elements: usize = [a, b].iter().map(|m| m.shape().iter().product::<usize>()).sum();
+            (a.num_bytes() + b.num_bytes(), 2 * rows.len() * elements)
+        };
+        segments.iter().map(of).fold((0, 0), |sum, part| (sum.0 + part.0, sum.1 + part.1))
+    });
     output.inplace_op2(&x.contiguous()?, &AddRows { segments })
 }
 

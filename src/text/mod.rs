@@ -21,7 +21,7 @@ use std::path::PathBuf;
 pub use chat_template::ChatTemplate;
 pub use detokenizer::Detokenizer;
 pub use stop::{StopMatcher, StopOutput};
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{NewToken, Tokenizer};
 pub use tool_calls::{AnswerPiece, ToolCall, ToolCallFormat, ToolCallParser};
 
 /// What can be wrong with a tokenizer, a template, or what is put into them.
@@ -39,6 +39,14 @@ pub enum TextError {
     #[error("cannot encode the text: {reason}")]
     Encode {
         /// What the tokenizer said.
+        reason: String,
+    },
+    /// A text that cannot become a token.
+    #[error("{token:?} cannot be a token: {reason}")]
+    NewToken {
+        /// The text.
+        token: String,
+        /// Why not.
         reason: String,
     },
     /// The tokenizer could not decode token ids.

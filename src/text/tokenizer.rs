@@ -1,8 +1,12 @@
 //! Text to token ids and back, by the model's own `tokenizer.json`.
 
+mod new_tokens;
+
 use std::{collections::HashSet, path::Path};
 
 use tokenizers::DecoderWrapper;
+
+pub use new_tokens::NewToken;
 
 use crate::text::{
     TextError,
@@ -122,6 +126,12 @@ impl Tokenizer {
     /// Whether `id` stands for one raw byte of a character that has no token of its own.
     pub(super) fn is_byte_fallback(&self, id: u32) -> bool {
         self.byte_ids.contains(&id)
+    }
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tokenizer").field("vocab_size", &self.vocab_size()).finish_non_exhaustive()
     }
 }
 

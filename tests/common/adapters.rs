@@ -77,7 +77,7 @@ pub(crate) fn config() -> LoraConfig {
         alpha: 8.0,
         dropout: 0.05,
         targets: Projection::ALL.to_vec(),
-        use_rslora: false,
+        ..LoraConfig::default()
     }
 }
 

@@ -37,6 +37,10 @@ impl Load {
         Self { engine, adapters, vocab_size, random: Cell::new(1) }
     }
 
+    pub(super) fn has_adapters(&self) -> bool {
+        !self.adapters.is_empty()
+    }
+
     pub(super) fn max_sequence_len(&self) -> usize {
         self.engine.config().max_sequence_len()
     }
@@ -49,6 +53,24 @@ impl Load {
         max_tokens: usize,
     ) -> anyhow::Result<Running> {
         let adapter = self.adapters.get(index % self.adapters.len().max(1)).cloned();
+        self.request_on(adapter, prompt_tokens, max_tokens)
+    }
+
+    /// The same on the base.
+    pub(super) fn base_request(
+        &self,
+        prompt_tokens: usize,
+        max_tokens: usize,
+    ) -> anyhow::Result<Running> {
+        self.request_on(None, prompt_tokens, max_tokens)
+    }
+
+    fn request_on(
+        &self,
+        adapter: Option<Arc<AdapterVersion>>,
+        prompt_tokens: usize,
+        max_tokens: usize,
+    ) -> anyhow::Result<Running> {
         let started = Instant::now();
         let stream = self.engine.generate(GenerationRequest {
             prompt: (0..prompt_tokens).map(|_| self.token()).collect(),

@@ -7,7 +7,6 @@ use super::{
     Rule::{self, Flag, Harmless, Ignored, Number, Read, Refused, Text},
     Theirs, Translation, optimizer, plain, schedule, validation,
 };
-use crate::train::Objective;
 
 pub(super) const DIALECT: Dialect = Dialect {
     name: "AutoTrain",
@@ -101,6 +100,7 @@ const DEFAULTS: &[(&str, f64)] = &[
     ("alpha", 32.0),
     ("dropout", 0.05),
     ("dpo_beta", 0.1),
+    ("orpo_beta", 0.1),
 ];
 
 fn finish(theirs: &Theirs, ours: &mut Translation) {
@@ -150,14 +150,12 @@ fn task(theirs: &Theirs, ours: &mut Translation) -> bool {
             "sft"
         }
     };
-    if serde_json::from_value::<Objective>(json!(objective)).is_err() {
-        ours.refuse(format!(
-            "task: {objective} is not available; llm-dpo learns from the same rows"
-        ));
-    }
     ours.set("objective", objective);
-    // Both of AutoTrain's supervised trainers count every token.
-    ours.set("loss_on", if objective == "sft" { "all" } else { "assistant" });
+    // Both of AutoTrain's supervised trainers count every token, and orpo those of prompts as well.
+    ours.set("loss_on", if objective == "dpo" { "assistant" } else { "all" });
+    if objective == "orpo" && theirs.get("params.dpo_beta").is_some() {
+        ours.notice("params.dpo_beta: AutoTrain gives orpo none, and so it is 0.1");
+    }
     objective != "sft"
 }
 
@@ -191,7 +189,9 @@ fn data(theirs: &Theirs, preferences: bool, ours: &mut Translation) {
     if let Some(valid) = split("data.valid_split") {
         ours.set("valid", json!({"path": path, "split": valid}));
         let strategy = theirs.text("params.eval_strategy").unwrap_or_else(|| "epoch".to_owned());
-        validation("params.eval_strategy", &strategy, None, ours);
+        if validation("params.eval_strategy", &strategy, None, ours) {
+            ours.set("keep_best", true);
+        }
     }
     let template =
         theirs.text("data.chat_template").or_else(|| theirs.text("params.chat_template"));

@@ -1,8 +1,8 @@
 //! TRL's command line: one flat map with the fields of `ScriptArguments`, `ModelConfig` and
 //! `SFTConfig` or `DPOConfig`, the last two over transformers' `TrainingArguments`.
 //!
-//! Such a file does not say whether `trl sft` or `trl dpo` reads it: a flag does, or a key that only
-//! one of them has.
+//! Such a file does not say whether `trl sft`, `trl dpo` or an `ORPOTrainer` reads it: a flag does, or a
+//! key that only one of them has.
 
 use serde_json::{Map, Value, json};
 
@@ -34,7 +34,7 @@ const NO_UPLOAD: &str = "nothing is uploaded; the output is a local folder";
 const NO_TRACKER: &str = "no tracker is called; events.jsonl and loss.svg are in the output";
 const ONE_PROCESS: &str = "one process does the work; remove it";
 const OWN_FORMAT: &str = "the base stays in the number format of its files, sums are f32";
-const ONE_LOSS: &str = "only the plain losses of sft and dpo (sigmoid) are available; remove it";
+const ONE_LOSS: &str = "this variant of the loss of dpo is not available; remove it";
 const OWN_TEMPLATE: &str = "the base's own chat template is used, as a server will; put another one \
                             into the model folder";
 
@@ -63,10 +63,10 @@ const KEYS: &[(&str, Rule)] = &[
     ("lora_dropout", Number("dropout")),
     ("lora_target_modules", Read),
     ("lora_target_parameters", Refused("adapters are for linear layers only; remove it")),
-    ("lora_modules_to_save", Refused("only adapters of linear layers are trained; remove it")),
+    ("lora_modules_to_save", Read),
     ("lora_task_type", Harmless),
     ("use_rslora", Flag("rslora")),
-    ("use_dora", Refused("DoRA is not available; remove it for plain LoRA")),
+    ("use_dora", Read),
     ("load_in_8bit", Ignored(OWN_FORMAT)),
     ("load_in_4bit", Ignored(OWN_FORMAT)),
     ("bnb_4bit_quant_type", Harmless),
@@ -98,12 +98,12 @@ const KEYS: &[(&str, Rule)] = &[
     ("assistant_only_loss", Read),
     ("loss_type", Read),
     ("activation_offloading", Harmless),
-    ("beta", Number("dpo_beta")),
-    ("label_smoothing", Refused(ONE_LOSS)),
+    ("beta", Read),
+    ("label_smoothing", Number("dpo_label_smoothing")),
     ("reference_free", Refused(ONE_LOSS)),
-    ("rpo_alpha", Refused(ONE_LOSS)),
+    ("rpo_alpha", Number("dpo_sft_weight")),
     ("ld_alpha", Refused(ONE_LOSS)),
-    ("loss_weights", Refused(ONE_LOSS)),
+    ("loss_weights", Read),
     ("use_weighting", Refused(ONE_LOSS)),
     ("discopop_tau", Harmless),
     ("f_divergence_type", Read),
@@ -165,9 +165,9 @@ const KEYS: &[(&str, Rule)] = &[
     ("save_total_limit", Harmless),
     ("save_only_model", Harmless),
     ("save_safetensors", Harmless),
-    ("load_best_model_at_end", Refused("the last step is what is published; remove it")),
-    ("metric_for_best_model", Harmless),
-    ("greater_is_better", Harmless),
+    ("load_best_model_at_end", Flag("keep_best")),
+    ("metric_for_best_model", Read),
+    ("greater_is_better", Refused("the best is the lowest validation loss; remove it")),
     ("resume_from_checkpoint", Read),
     ("logging_dir", Harmless),
     ("logging_strategy", Harmless),
@@ -184,8 +184,8 @@ const KEYS: &[(&str, Rule)] = &[
     ("hub_strategy", Harmless),
     ("hub_token", Harmless),
     ("hub_private_repo", Harmless),
-    ("neftune_noise_alpha", Refused("noise on embeddings is not available; remove it")),
-    ("label_smoothing_factor", Refused("label smoothing is not available; remove it")),
+    ("neftune_noise_alpha", Number("neftune_alpha")),
+    ("label_smoothing_factor", Number("label_smoothing")),
     ("group_by_length", Ignored("the order of rows is random and depends on the seed alone")),
     ("length_column_name", Harmless),
     ("remove_unused_columns", Harmless),
@@ -216,6 +216,7 @@ const DEFAULTS: &[(&str, f64)] = &[
     ("alpha", 32.0),
     ("dropout", 0.05),
     ("dpo_beta", 0.1),
+    ("orpo_beta", 0.1),
 ];
 
 fn finish(theirs: &Theirs, ours: &mut Translation) {
@@ -255,21 +256,38 @@ fn model(theirs: &Theirs, ours: &mut Translation) {
             "lora_target_modules is not set; PEFT takes q_proj and v_proj for these models",
         );
     }
+    if theirs.flag("use_dora") == Some(true) {
+        ours.set("variant", "dora");
+    }
+    if let Some(names) = theirs.list("lora_modules_to_save") {
+        ours.set("modules_to_save", names);
+    }
     ours.set("targets", targets.unwrap_or_else(|| vec!["q_proj".to_owned(), "v_proj".to_owned()]));
 }
 
 /// Whether the rows are preferences.
 fn objective(theirs: &Theirs, ours: &mut Translation) -> bool {
-    const ONLY_DPO: &[&str] =
-        &["beta", "precompute_ref_log_probs", "sync_ref_model", "reference_free", "rpo_alpha"];
+    const ONLY_DPO: &[&str] = &[
+        "beta",
+        "loss_weights",
+        "precompute_ref_log_probs",
+        "sync_ref_model",
+        "reference_free",
+        "rpo_alpha",
+    ];
     let loss = theirs.list("loss_type").unwrap_or_default();
     let by_keys = ONLY_DPO.iter().any(|key| theirs.get(key).is_some())
         || loss.iter().any(|name| name == "sigmoid");
-    let preferences = theirs.objective().map_or(by_keys, |objective| objective == "dpo");
-    for name in &loss {
-        let known: &[&str] = if preferences { &["sigmoid"] } else { &["nll", "chunked_nll"] };
-        if !known.contains(&name.as_str()) {
-            ours.refuse(format!("loss_type: {name} is not available; use {}", known[0]));
+    let by_keys = if by_keys { "dpo" } else { "sft" };
+    let objective = theirs.objective().unwrap_or(by_keys);
+    match objective {
+        "dpo" => pair_losses(theirs, &loss, ours),
+        "orpo" => ours.set("orpo_beta", theirs.number("beta").map_or(json!(0.1), plain)),
+        _ => {
+            for name in loss.iter().filter(|name| !["nll", "chunked_nll"].contains(&name.as_str()))
+            {
+                ours.refuse(format!("loss_type: {name} is not available; use nll"));
+            }
         }
     }
     if let Some(name) = theirs.text("f_divergence_type")
@@ -277,8 +295,58 @@ fn objective(theirs: &Theirs, ours: &mut Translation) -> bool {
     {
         ours.refuse(format!("f_divergence_type: {name} is not available; use reverse_kl"));
     }
-    ours.set("objective", if preferences { "dpo" } else { "sft" });
-    preferences
+    if let Some(name) = theirs.text("metric_for_best_model")
+        && !["loss", "eval_loss"].contains(&name.as_str())
+    {
+        ours.refuse(format!("metric_for_best_model: {name} is not available; use eval_loss"));
+    }
+    ours.set("objective", objective);
+    objective != "sft"
+}
+
+/// The losses of `dpo`, a list with weights: of pairs one of two, and the likelihood beside it.
+fn pair_losses(theirs: &Theirs, names: &[String], ours: &mut Translation) {
+    if let Some(beta) = theirs.number("beta") {
+        ours.set("dpo_beta", plain(beta));
+    }
+    let weights: Vec<f64> = match theirs.get("loss_weights") {
+        Some(Value::Array(list)) => list.iter().filter_map(Value::as_f64).collect(),
+        Some(_) => theirs.number("loss_weights").into_iter().collect(),
+        None => vec![1.0; names.len()],
+    };
+    if weights.len() != names.len().max(usize::from(!weights.is_empty())) {
+        ours.refuse("loss_weights: one number for each of loss_type");
+        return;
+    }
+    let mut of_pairs = 0;
+    for (name, weight) in names.iter().zip(weights) {
+        match name.as_str() {
+            "sft" => ours.set("dpo_sft_weight", plain(weight)),
+            "sigmoid" | "robust" => {
+                of_pairs += 1;
+                ours.set("dpo_loss", name.as_str());
+                if weight != 1.0 {
+                    ours.refuse(format!(
+                        "loss_weights: {name} has the weight 1 here; divide all weights, and \
+                         multiply the learning rate, by {weight}"
+                    ));
+                }
+            }
+            _ => ours.refuse(format!(
+                "loss_type: {name} is not available; use sigmoid or robust, and sft beside it"
+            )),
+        }
+    }
+    if !names.is_empty() && of_pairs != 1 {
+        ours.refuse("loss_type: one of sigmoid and robust is needed");
+    }
+    let smoothed = theirs.number("label_smoothing").is_some_and(|smoothing| smoothing > 0.0);
+    if smoothed && !names.iter().any(|name| name == "robust") {
+        ours.notice(
+            "label_smoothing: TRL since 1.0 ignores it with sigmoid; here it is that of conservative DPO, \
+             as before",
+        );
+    }
 }
 
 fn data(theirs: &Theirs, ours: &mut Translation) {
@@ -316,7 +384,11 @@ fn data(theirs: &Theirs, ours: &mut Translation) {
 }
 
 fn loss(theirs: &Theirs, preferences: bool, ours: &mut Translation) {
-    let loss_on = if preferences || theirs.flag("assistant_only_loss") == Some(true) {
+    let orpo = ours.settings.get("objective").is_some_and(|objective| objective == "orpo");
+    let loss_on = if orpo {
+        // Its likelihood is that of prompt and answer.
+        "all"
+    } else if preferences || theirs.flag("assistant_only_loss") == Some(true) {
         "assistant"
     } else {
         match theirs.flag("completion_only_loss") {

@@ -1,9 +1,10 @@
 //! The flags of `tunesmith train`.
 
-use std::path::PathBuf;
+use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
 use serde::Serialize;
+use serde_json::{Map, Value};
 
 use crate::cli::config::parse_bytes;
 use crate::data::Columns;
@@ -40,11 +41,29 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_parser = ["lora", "full"])]
     pub(crate) method: Option<String>,
     /// Supervised rows, or preferences: a better and a worse answer to each prompt [sft]
-    #[arg(long, value_parser = ["sft", "dpo"])]
+    #[arg(long, value_parser = ["sft", "dpo", "orpo"])]
     pub(crate) objective: Option<String>,
     /// How strongly dpo holds on to the adapter that it started from, up to 2 [0.1]
     #[arg(long)]
     pub(crate) dpo_beta: Option<f64>,
+    /// How dpo takes a pair's margin [sigmoid]
+    #[arg(long, value_parser = ["sigmoid", "robust"])]
+    pub(crate) dpo_loss: Option<String>,
+    /// Share of pairs that dpo takes to be labelled the wrong way round, below 0.5 [0]
+    #[arg(long)]
+    pub(crate) dpo_label_smoothing: Option<f64>,
+    /// Weight of the likelihood of the preferred answers that dpo adds [0]
+    #[arg(long)]
+    pub(crate) dpo_sft_weight: Option<f64>,
+    /// Weight of the odds ratio in orpo's loss, up to 2 [0.1]
+    #[arg(long)]
+    pub(crate) orpo_beta: Option<f64>,
+    /// Share of the supervised loss that asks for all tokens alike [0]
+    #[arg(long)]
+    pub(crate) label_smoothing: Option<f64>,
+    /// Noise on the embeddings while training, as NEFTune has it, such as 5 [0]
+    #[arg(long)]
+    pub(crate) neftune_alpha: Option<f64>,
     /// LoRA rank [16]
     #[arg(long)]
     pub(crate) rank: Option<usize>,
@@ -60,10 +79,34 @@ pub(crate) struct TrainArgs {
     /// Scale by alpha / sqrt(rank)
     #[arg(long)]
     pub(crate) rslora: bool,
+    /// How A and B change a projection: lora, or dora with a trained length for each row [lora]
+    #[arg(long, value_name = "NAME", value_parser = crate::adapters::variant_names())]
+    pub(crate) variant: Option<String>,
+    /// Ranks of some modules, by the end of their path: down_proj=32,layers.0.self_attn.q_proj=4
+    #[arg(long, value_name = "MODULE=RANK", value_parser = pattern)]
+    pub(crate) rank_pattern: Option<Map<String, Value>>,
+    /// Alphas of some modules, likewise
+    #[arg(long, value_name = "MODULE=ALPHA", value_parser = pattern)]
+    pub(crate) alpha_pattern: Option<Map<String, Value>>,
+    /// Layers that get an adapter, from 0, with commas [all]
+    #[arg(long, value_name = "N,N", value_delimiter = ',')]
+    pub(crate) layers: Vec<usize>,
+    /// Modules that get none, by the end of their path, with commas
+    #[arg(long, value_name = "MODULE,MODULE", value_delimiter = ',')]
+    pub(crate) exclude: Vec<String>,
+    /// Tables to train whole: embed_tokens, lm_head
+    #[arg(long, value_name = "TABLE,TABLE", value_delimiter = ',')]
+    pub(crate) modules_to_save: Vec<String>,
+    /// Tokens, by id, whose rows of embedding and head are trained
+    #[arg(long, value_name = "ID,ID", value_delimiter = ',')]
+    pub(crate) train_tokens: Vec<u32>,
+    /// Tokens to add to the tokenizer and to learn, with commas, or a file with one on each line
+    #[arg(long, value_name = "FILE|TOKEN,TOKEN", value_delimiter = ',')]
+    pub(crate) new_tokens: Vec<String>,
     /// Start from an existing adapter
     #[arg(long, value_name = "DIR")]
     pub(crate) init_adapter: Option<PathBuf>,
-    /// Peak learning rate [lora 2e-4, lora with dpo 5e-5, full 2e-5, full from random 1e-3]
+    /// Peak learning rate [lora 2e-4, lora with preferences 5e-5, full 2e-5, full from random 1e-3]
     #[arg(long)]
     pub(crate) lr: Option<f64>,
     /// Course of the learning rate after the warm-up [linear]
@@ -129,6 +172,25 @@ pub(crate) struct TrainArgs {
     /// Adapters that are kept there, the newest [3]
     #[arg(long, value_name = "N")]
     pub(crate) keep_epochs: Option<usize>,
+    /// End when the validation loss has not become better for N validations
+    #[arg(long, value_name = "N")]
+    pub(crate) early_stopping_patience: Option<usize>,
+    /// By how much it must become better to count there [0]
+    #[arg(long)]
+    pub(crate) early_stopping_threshold: Option<f64>,
+    /// Publish what was trained when the validation loss was lowest, not the last
+    #[arg(long)]
+    pub(crate) keep_best: bool,
+    /// Publish the last as well, as OUTPUT.last
+    #[arg(long)]
+    pub(crate) keep_last: bool,
+    /// Train every combination over the one base and publish the best: lr=1e-4,2e-4 (repeatable)
+    #[arg(long, value_name = "KEY=VALUES", value_parser = axis)]
+    #[serde(serialize_with = "axes")]
+    pub(crate) sweep: Vec<Axis>,
+    /// Leave the worse half of a sweep behind at halves, quarters, ... of the way
+    #[arg(long)]
+    pub(crate) sweep_halving: bool,
     /// Warn when the loss was above three times its median for N steps, 0 = never [5]
     #[arg(long, value_name = "N")]
     pub(crate) spike_steps: Option<usize>,
@@ -177,6 +239,18 @@ pub(crate) struct TrainArgs {
     #[arg(long)]
     #[serde(skip)]
     pub(crate) events: bool,
+    /// Answer GET /metrics there with the run's figures, as Prometheus reads them
+    #[arg(long, value_name = "HOST:PORT")]
+    #[serde(skip)]
+    pub(crate) metrics_addr: Option<SocketAddr>,
+    /// Push the run's figures to this OTLP/HTTP collector, such as http://localhost:4318
+    #[arg(long, value_name = "URL")]
+    #[serde(skip)]
+    pub(crate) otlp: Option<String>,
+    /// Seconds between two pushes [60]
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    #[serde(skip)]
+    pub(crate) otlp_seconds: u64,
     /// Stop with a checkpoint when the standard input ends: when the process that holds it dies
     #[arg(long)]
     #[serde(skip)]
@@ -191,11 +265,49 @@ pub(crate) struct TrainArgs {
     pub(crate) memory_limit: Option<usize>,
 }
 
+/// A setting and its values in a sweep.
+pub(crate) type Axis = (String, Vec<Value>);
+
+/// `lr=1e-4,2e-4`; what is no number or truth value is text. A value with commas stands in quotes.
+fn axis(text: &str) -> Result<Axis, String> {
+    let (key, values) = text.split_once('=').ok_or("expected KEY=VALUE,VALUE")?;
+    let values = values.trim();
+    if values.is_empty() {
+        return Err(format!("{key} has no values"));
+    }
+    let list: Result<Vec<Value>, _> = serde_json::from_str(&format!("[{values}]"));
+    let plain = |word: &str| {
+        let word = word.trim();
+        serde_json::from_str(word).unwrap_or_else(|_| Value::String(word.to_owned()))
+    };
+    let values = list.unwrap_or_else(|_| values.split(',').map(plain).collect());
+    Ok((key.trim().replace('-', "_"), values))
+}
+
+/// As the settings have it; nothing where there is none.
+fn axes<S: serde::Serializer>(axes: &[Axis], serializer: S) -> Result<S::Ok, S::Error> {
+    if axes.is_empty() {
+        return serializer.serialize_none();
+    }
+    serializer.collect_map(axes.iter().map(|(key, values)| (key, values)))
+}
+
 /// `question=prompt,answer=completion`, theirs first.
 pub(crate) fn columns(text: &str) -> Result<Columns, String> {
     let pair = |pair: &str| match pair.split_once('=') {
         Some((theirs, ours)) => Ok((ours.trim().to_owned(), theirs.trim().to_owned())),
         None => Err(format!("{pair:?} is no THEIRS=OURS")),
+    };
+    text.split(',').map(pair).collect()
+}
+
+/// `down_proj=32,layers.0.self_attn.q_proj=4`
+fn pattern(text: &str) -> Result<Map<String, Value>, String> {
+    let pair = |pair: &str| {
+        let (key, number) = pair.rsplit_once('=').ok_or(format!("{pair:?} is no MODULE=NUMBER"))?;
+        let number: Value =
+            number.trim().parse().map_err(|_| format!("{number:?} is no number"))?;
+        Ok((key.trim().to_owned(), number))
     };
     text.split(',').map(pair).collect()
 }

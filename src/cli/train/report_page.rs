@@ -56,7 +56,16 @@ fn outcome(events: &[TrainEvent]) -> String {
         let accuracy = token_accuracy * 100.0;
         Some(format!(", validation loss {loss:.4}, validation accuracy {accuracy:.1} %"))
     });
-    format!("{}{}.", last.unwrap_or_else(|| "No steps".to_owned()), valid.unwrap_or_default())
+    let best = events.iter().rev().find_map(|event| {
+        let TrainEvent::Best { step, loss } = event else { return None };
+        Some(format!(" What is published was trained up to step {step}, whose validation loss, {loss:.4}, was the best."))
+    });
+    format!(
+        "{}{}.{}",
+        last.unwrap_or_else(|| "No steps".to_owned()),
+        valid.unwrap_or_default(),
+        best.unwrap_or_default()
+    )
 }
 
 fn answers(page: &mut String, report: &EvalReport, held_out: bool) {
