@@ -7,9 +7,10 @@ use std::arch::x86_64::{
     _mm512_cvtepi8_epi32, _mm512_cvtepi32_epi8, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32,
     _mm512_cvtph_ps, _mm512_cvtps_epi32, _mm512_div_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps,
     _mm512_loadu_ps, _mm512_loadu_si512, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps,
-    _mm512_roundscale_ps, _mm512_scalef_ps, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_srli_epi16, _mm512_storeu_ps, _mm512_sub_ps,
-    _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpacklo_ps,
+    _mm512_reduce_max_ps, _mm512_roundscale_ps, _mm512_scalef_ps, _mm512_set1_epi8,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_srli_epi16,
+    _mm512_storeu_ps, _mm512_sub_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd,
+    _mm512_unpacklo_ps,
 };
 
 use half::{bf16, f16};
@@ -193,6 +194,11 @@ impl Simd for Avx512 {
         }
         out
     }
+    #[inline(always)]
+    unsafe fn max_lane(a: __m512) -> f32 {
+        // SAFETY: lane arithmetic.
+        unsafe { _mm512_reduce_max_ps(a) }
+    }
     /// The same tree as the default, without a detour through memory.
     #[inline(always)]
     unsafe fn sum(a: __m512) -> f32 {
@@ -204,5 +210,5 @@ impl Simd for Avx512 {
     }
 }
 
-kernels_for!(Avx512, "avx512", (8, 12, 4, 2), (8, 2),
+kernels_for!(Avx512, "avx512", (8, 12, 4, 2), (6, 2),
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]);

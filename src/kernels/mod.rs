@@ -25,6 +25,7 @@ mod panels;
 mod portable;
 mod product;
 mod quant_product;
+mod quant_rows;
 mod quantize;
 mod roofline;
 mod rows;

@@ -2,7 +2,10 @@
 
 use std::sync::OnceLock;
 
-use super::{attention, gemm, lora, portable, product, quant_product, rows, tanh, turned};
+use super::{
+    attention, gemm, lora, portable, product, quant_product, quant_rows, quantize, rows, tanh,
+    turned,
+};
 
 /// The functions of one instruction set. They are called only by the safe wrappers of this floor,
 /// which check lengths; [`best`] and [`all`] only hand out tables that this CPU can run.
@@ -20,7 +23,9 @@ pub struct Kernels {
     pub(super) panels_bf16: unsafe fn(&product::PanelTile),
     pub(super) panels_int8: unsafe fn(&quant_product::QuantTile),
     pub(super) panels_int4: unsafe fn(&quant_product::QuantTile),
-    pub(super) quantize: unsafe fn(&mut quant_product::QuantizeTile<'_>),
+    pub(super) quantize: unsafe fn(&quant_rows::QuantizeRows<'_>),
+    pub(super) round_int8: unsafe fn(quantize::RoundRow<'_>),
+    pub(super) round_int4: unsafe fn(quantize::RoundRow<'_>),
     pub(super) turn: unsafe fn(turned::TurnTile<'_>),
     pub(super) shrink: unsafe fn(&[lora::ShrinkSum], usize),
     pub(super) expand: unsafe fn(&lora::ExpandTile<'_>),
@@ -59,8 +64,12 @@ macro_rules! kernels_for {
                 = quant_product::quant_tile::<$simd, 8, $quant_many, $wide, $quant_nv>;
             panels_int4(tile: &super::quant_product::QuantTile) -> ()
                 = quant_product::quant_tile::<$simd, 4, $quant_many, $wide, $quant_nv>;
-            quantize(tile: &mut super::quant_product::QuantizeTile<'_>) -> ()
-                = quant_product::quantize_tile::<$simd>;
+            quantize(job: &super::quant_rows::QuantizeRows<'_>) -> ()
+                = quant_rows::quantize_rows::<$simd>;
+            round_int8(row: super::quantize::RoundRow<'_>) -> ()
+                = quantize::round_to_8_bits::<$simd>;
+            round_int4(row: super::quantize::RoundRow<'_>) -> ()
+                = quantize::round_to_4_bits::<$simd>;
             turn(tile: super::turned::TurnTile<'_>) -> () = turned::turn_tile::<$simd>;
             shrink(sums: &[super::lora::ShrinkSum], terms: usize) -> ()
                 = lora::shrink_sums::<$simd>;
@@ -101,6 +110,8 @@ macro_rules! kernels_for {
             panels_int8,
             panels_int4,
             quantize,
+            round_int8,
+            round_int4,
             turn,
             shrink,
             expand,
