@@ -126,8 +126,7 @@ impl Conversation {
             anyhow::Ok(version)
         };
         let adapter = args.adapter.as_ref().map(load).transpose()?;
-        let config =
-            EngineConfig::for_cache(decoder.config(), 1, KV_CACHE_BYTES, args.kv_dtype);
+        let config = EngineConfig::for_cache(decoder.config(), 1, KV_CACHE_BYTES, args.kv_dtype);
         let mut conversation = Self {
             stop_token_ids,
             engine: engine::spawn(decoder, config)?,

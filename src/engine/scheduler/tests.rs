@@ -341,7 +341,8 @@ fn adapters_are_neighbours_and_the_base_comes_first() {
     for (age, adapter_key) in [7, 0, 9, 7, 0].into_iter().enumerate() {
         scheduler.add(params(vec![1; 3], 4, adapter_key), age);
     }
-    let order: Vec<usize> = scheduler.schedule(usize::MAX, GUESS_ROWS).iter().map(|part| part.index).collect();
+    let order: Vec<usize> =
+        scheduler.schedule(usize::MAX, GUESS_ROWS).iter().map(|part| part.index).collect();
     assert_eq!(order, [1, 4, 0, 3, 2]);
 }
 
