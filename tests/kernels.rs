@@ -1,6 +1,11 @@
 //! Every instruction set against the portable one, on random shapes: the fast bodies say the same as
 //! the slow one, and a row never depends on its batch.
-#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test may panic")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    clippy::cast_precision_loss,
+    reason = "a test may panic"
+)]
 
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -72,9 +77,14 @@ proptest! {
             expected.chunks_mut(n).for_each(|row| {
                 row.iter_mut().zip(&bias).for_each(|(out, bias)| *out += bias);
             });
-            let bound = if form.is_exact() { 2e-5 } else { 2e-2 };
             let portable = linear(all()[0], &x, &weight, &bias);
-            prop_assert!(difference(&portable, &expected) < bound, "{form:?}");
+            if form.is_exact() {
+                prop_assert!(difference(&portable, &expected) < 2e-5, "{form:?}");
+            } else {
+                // Roundings of x by up to 1/254, of either sign, as a random walk.
+                let walk = 0.01 * (k as f32).sqrt();
+                prop_assert!(difference_of(&portable, &expected) < walk, "{form:?}");
+            }
             let turned: Vec<f32> = (0..k * n).map(|i| held[i % n * k + i / n]).collect();
             let expected_grad = product(&grad, &turned, n);
             for table in all() {

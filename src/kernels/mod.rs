@@ -25,6 +25,7 @@ mod portable;
 mod product;
 mod quant_product;
 mod quantize;
+mod row_tiles;
 mod rows;
 mod simd;
 mod threads;

@@ -13,7 +13,8 @@ use std::{cell::Cell, ops::Range};
 use super::{
     Kernels,
     panels::{GROUP, PackedWeight, WeightForm},
-    product::{prefetch, tile_height},
+    product::prefetch,
+    row_tiles::tile_height,
     simd::{LANES, Simd, load_partial, store_partial},
     threads::{Shared, for_each_range, for_each_tile},
 };
@@ -152,25 +153,28 @@ pub(super) unsafe fn quantize_tile<S: Simd>(tile: &mut QuantizeTile<'_>) {
             };
             let mut bytes = [0_i8; GROUP];
             // SAFETY: 32 elements are there to read and to write.
-            let scale = unsafe {
+            let (scale, sum) = unsafe {
                 let halves = [S::load(values.as_ptr()), S::load(values.as_ptr().add(LANES))];
                 let zero = S::splat(0.0);
                 let size = |v| S::max(v, S::sub(zero, v));
                 let greatest = S::max_lane(S::max(size(halves[0]), size(halves[1])));
                 let inverse = if greatest > 0.0 { 127.0 / greatest } else { 0.0 };
-                for (half, value) in halves.into_iter().enumerate() {
-                    let scaled = S::round(S::mul(value, S::splat(inverse)));
+                let rounded = halves.map(|half| {
+                    let scaled = S::round(S::mul(half, S::splat(inverse)));
                     let most = S::splat(127.0);
-                    let clamped = S::max(S::min(scaled, most), S::sub(zero, most));
-                    S::store_int8(bytes.as_mut_ptr().add(half * LANES), clamped);
-                }
-                greatest / 127.0
+                    S::max(S::min(scaled, most), S::sub(zero, most))
+                });
+                S::store_int8(bytes.as_mut_ptr(), rounded[0]);
+                S::store_int8(bytes.as_mut_ptr().add(LANES), rounded[1]);
+                // Exact: whole numbers of at most 32 * 127.
+                (greatest / 127.0, S::sum(S::add(rounded[0], rounded[1])))
             };
-            let mut sum = 0;
-            for (word, four) in bytes.chunks_exact(4).enumerate() {
-                sum += four.iter().map(|byte| i32::from(*byte)).sum::<i32>();
+            #[allow(clippy::cast_possible_truncation, reason = "a whole number of at most 4064")]
+            let sum = sum as i32;
+            let words = tile.words[group * WORDS * tile.height..].chunks_mut(tile.height);
+            for (column, four) in words.zip(bytes.chunks_exact(4)) {
                 let four = [0, 1, 2, 3].map(|at| four[at].cast_unsigned());
-                tile.words[(group * WORDS + word) * tile.height + i] = i32::from_le_bytes(four);
+                column[i] = i32::from_le_bytes(four);
             }
             tile.scales[group * tile.height + i] = scale;
             tile.sums[group * tile.height + i] = sum;

@@ -32,7 +32,7 @@ pub fn for_each_range(
 }
 
 /// Rows that share a pass over the weights; a multiple of every row tile.
-const ROW_BLOCK: usize = 96;
+pub(super) const ROW_BLOCK: usize = 96;
 /// Panels of a task that has many rows.
 const TASK_PANELS: usize = 16;
 
