@@ -10,7 +10,8 @@ use std::{hint::black_box, time::Duration, time::Instant};
 
 use rayon::prelude::*;
 use tunesmith::kernels::{
-    AttentionForward, AttentionShape, KvPanels, LANES, PackedWeight, QuerySpan, WeightForm, best,
+    AttentionForward, AttentionShape, KvForm, KvPanel, KvPanels, KvSide, LANES, PackedWeight,
+    QuerySpan, WeightForm, best,
 };
 
 /// Weights are cycled through so much memory, so that they do not come from a cache.
@@ -82,16 +83,25 @@ fn linear(
 
 /// One new token of a sequence with a thousand cached ones.
 fn decode_attention() {
-    let shape = AttentionShape { heads: 14, kv_heads: 2, head_dim: 64, scale: 0.125 };
+    let shape = AttentionShape {
+        heads: 14,
+        kv_heads: 2,
+        head_dim: 64,
+        scale: 0.125,
+        window: None,
+        soft_cap: None,
+    };
     let context = 1024;
     let blocks: Vec<u32> = (0..).take(context / LANES).collect();
-    let keys: Vec<f32> = (0..blocks.len() * shape.key_block_len()).map(noise).collect();
-    let values: Vec<f32> = (0..blocks.len() * shape.value_block_len()).map(noise).collect();
+    let panel = |side| -> Vec<f32> {
+        (0..blocks.len() * KvForm::F32.block_len(&shape, side)).map(noise).collect()
+    };
+    let (keys, values) = (panel(KvSide::Keys), panel(KvSide::Values));
     let queries: Vec<f32> = (0..shape.heads * shape.head_dim).map(noise).collect();
     let mut out = vec![0.0; queries.len()];
     let seconds = best_seconds(|| {
         let spans = [QuerySpan { rows: 0..1, first_position: context - 1, block_table: &blocks }];
-        let panels = KvPanels { keys: &keys, values: &values };
+        let panels = KvPanels { keys: KvPanel::F32(&keys), values: KvPanel::F32(&values) };
         AttentionForward { shape, panels, queries: &queries, spans: &spans }.run(best(), &mut out);
     });
     println!("attention, 1 row on 1024: {:.1} us", seconds * 1e6);

@@ -1,13 +1,19 @@
 //! Publishing files so that nobody ever sees half of one: write, fsync, rename, fsync the folder.
 
+pub mod disk;
+#[cfg(debug_assertions)]
+pub mod faults;
+
 use std::{
     fs::{self, File},
-    io::{self, Read, Write},
+    io::{self, Read},
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
 };
 
 use sha2::{Digest, Sha256};
+
+pub use disk::DiskError;
 
 static TEMPORARY_COUNTER: AtomicU64 = AtomicU64::new(0);
 
@@ -15,39 +21,44 @@ static TEMPORARY_COUNTER: AtomicU64 = AtomicU64::new(0);
 /// the new, never a mixture.
 ///
 /// # Errors
-/// Any I/O error; the old file is then untouched and the temporary file is removed.
-pub fn publish_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
+/// Any I/O error; the old file is then untouched and the temporary file is removed, but where the last
+/// step failed, that of syncing the folder: then the new file is there.
+pub fn publish_file(path: &Path, bytes: &[u8]) -> Result<(), DiskError> {
     let temporary = temporary_sibling(path)?;
-    let written = write_synced(&temporary, bytes).and_then(|()| fs::rename(&temporary, path));
+    let written = disk::write(&temporary, bytes)
+        .and_then(|()| disk::sync(&temporary))
+        .and_then(|()| disk::rename(&temporary, path));
     if written.is_err() {
         // The error that matters is the one above.
-        let _ = fs::remove_file(&temporary);
+        let _ = disk::remove_file(&temporary);
     }
     written?;
-    sync_parent(path)
+    disk::sync(parent(path))
 }
 
-/// Builds a folder with `fill` under a temporary name beside `path` and renames it to `path` when
-/// everything in it is on disk. An existing folder at `path` is replaced; its old content is gone
-/// only after the new one is in place.
+/// Builds a folder with `fill` under a temporary name beside `path` and gives it the name `path` when
+/// everything in it is on disk. An existing folder at `path` is replaced: on Linux there is no moment
+/// without one of the two. What is left of an old one that cannot be removed has `.tmp-` in its name.
 ///
 /// # Errors
-/// Whatever `fill` returns, and any I/O error. `path` is then as it was.
-pub fn publish_dir<E: From<io::Error>>(
+/// Whatever `fill` returns, and any I/O error. `path` is then as it was, but where the last step
+/// failed, that of syncing the folder around it: then the new one is there.
+pub fn publish_dir<E: From<DiskError>>(
     path: &Path,
     fill: impl FnOnce(&Path) -> Result<(), E>,
 ) -> Result<(), E> {
     let temporary = temporary_sibling(path)?;
-    let filled = fs::create_dir_all(&temporary)
+    let filled = disk::create_dir_all(&temporary)
         .map_err(E::from)
         .and_then(|()| fill(&temporary))
         .and_then(|()| Ok(sync_tree(&temporary)?))
         .and_then(|()| Ok(replace_dir(&temporary, path)?));
     if filled.is_err() {
-        let _ = fs::remove_dir_all(&temporary);
+        // The error that matters is the one above.
+        let _ = disk::remove_dir_all(&temporary);
     }
     filled?;
-    Ok(sync_parent(path)?)
+    Ok(disk::sync(parent(path))?)
 }
 
 /// The SHA-256 of a file's content, as 64 lower-case hex digits.
@@ -104,55 +115,52 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn temporary_sibling(path: &Path) -> io::Result<PathBuf> {
-    let name = path.file_name().ok_or_else(|| {
-        io::Error::new(io::ErrorKind::InvalidInput, format!("{} has no file name", path.display()))
+fn temporary_sibling(path: &Path) -> Result<PathBuf, DiskError> {
+    let name = path.file_name().ok_or_else(|| DiskError {
+        operation: "writing",
+        path: path.to_owned(),
+        cause: io::Error::new(io::ErrorKind::InvalidInput, "the path has no file name"),
     })?;
     let number = TEMPORARY_COUNTER.fetch_add(1, Ordering::Relaxed);
     let name = format!("{}.tmp-{}-{number}", name.to_string_lossy(), std::process::id());
-    if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent)?;
-    }
+    disk::create_dir_all(parent(path))?;
     Ok(path.with_file_name(name))
 }
 
-fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut file = File::create(path)?;
-    file.write_all(bytes)?;
-    file.sync_all()
-}
-
-fn sync_tree(dir: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(dir)? {
-        let path = entry?.path();
-        if path.is_dir() {
-            sync_tree(&path)?;
-        } else {
-            File::open(&path)?.sync_all()?;
-        }
+fn sync_tree(dir: &Path) -> Result<(), DiskError> {
+    let unreadable = |cause| DiskError { operation: "reading", path: dir.to_owned(), cause };
+    for entry in fs::read_dir(dir).map_err(unreadable)? {
+        let path = entry.map_err(unreadable)?.path();
+        if path.is_dir() { sync_tree(&path)? } else { disk::sync(&path)? }
     }
-    File::open(dir)?.sync_all()
+    disk::sync(dir)
 }
 
-/// A non-empty folder cannot be renamed over, so the old one steps aside first.
-fn replace_dir(new: &Path, path: &Path) -> io::Result<()> {
+/// A non-empty folder cannot be renamed over: the two change places, or the old one steps aside first.
+fn replace_dir(new: &Path, path: &Path) -> Result<(), DiskError> {
     if !path.exists() {
-        return fs::rename(new, path);
+        return disk::rename(new, path);
     }
-    let aside = temporary_sibling(path)?;
-    fs::rename(path, &aside)?;
-    if let Err(error) = fs::rename(new, path) {
-        fs::rename(&aside, path)?;
-        return Err(error);
+    let old = if disk::exchange(new, path)? {
+        new.to_owned()
+    } else {
+        let aside = temporary_sibling(path)?;
+        disk::rename(path, &aside)?;
+        if let Err(error) = disk::rename(new, path) {
+            disk::rename(&aside, path)?;
+            return Err(error);
+        }
+        aside
+    };
+    // The new one is in place, which is what was asked for.
+    if let Err(error) = disk::remove_dir_all(&old) {
+        tracing::warn!("{error}");
     }
-    fs::remove_dir_all(&aside)
+    Ok(())
 }
 
-fn sync_parent(path: &Path) -> io::Result<()> {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => File::open(parent)?.sync_all(),
-        _ => File::open(".")?.sync_all(),
-    }
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 #[cfg(test)]
@@ -163,14 +171,14 @@ mod tests {
     fn a_failing_fill_leaves_the_old_folder_untouched() {
         let root = std::env::temp_dir().join(format!("publish-{}", std::process::id()));
         let target = root.join("adapter");
-        publish_dir(&target, |dir| fs::write(dir.join("a"), "old")).unwrap();
+        publish_dir(&target, |dir| disk::write(&dir.join("a"), "old")).unwrap();
         let failed = publish_dir(&target, |dir| {
-            fs::write(dir.join("a"), "half")?;
+            disk::write(&dir.join("a"), "half")?;
             Err(io::Error::other("disk full"))
         });
         assert!(failed.is_err());
         assert_eq!(fs::read_to_string(target.join("a")).unwrap(), "old");
-        publish_dir(&target, |dir| fs::write(dir.join("a"), "new")).unwrap();
+        publish_dir(&target, |dir| disk::write(&dir.join("a"), "new")).unwrap();
         assert_eq!(fs::read_to_string(target.join("a")).unwrap(), "new");
         assert_eq!(fs::read_dir(&root).unwrap().count(), 1, "temporary folders were left behind");
         fs::remove_dir_all(&root).unwrap();

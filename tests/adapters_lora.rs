@@ -120,7 +120,7 @@ fn an_update_of_a_variable_is_seen_by_the_forward_pass_and_by_the_writer() {
 fn dropout_is_a_function_of_seed_and_site_and_only_in_training() {
     let (x, y) = (random(8, 64), Tensor::zeros((8, 32), DType::F32, &Device::Cpu).unwrap());
     let apply = |adapter: &LoraAdapter, layer, seed| {
-        let dropout = Some(Dropout { probability: 0.5, seed });
+        let dropout = Some(Dropout { probability: 0.5, neftune_alpha: 0.0, seed });
         let site = Site { layer, projection: Projection::Down };
         values(&adapter.apply(site, &x, y.copy().unwrap(), 0..8, dropout).unwrap())
     };

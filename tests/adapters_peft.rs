@@ -393,7 +393,7 @@ fn a_card_travels_beside_the_adapter_and_tells_its_base() {
     let scratch = Scratch::new();
     let dir = scratch.adapter("adapter", 1);
     assert_eq!(AdapterCard::read(&dir).unwrap(), None);
-    check_base(&dir, "anything").unwrap();
+    check_base(&dir, || "anything").unwrap();
     let card = AdapterCard {
         base_model: "tiny".to_owned(),
         base_fingerprint: "f00d".to_owned(),
@@ -403,7 +403,7 @@ fn a_card_travels_beside_the_adapter_and_tells_its_base() {
     };
     card.write(&dir).unwrap();
     assert_eq!(AdapterCard::read(&dir).unwrap(), Some(card));
-    check_base(&dir, "f00d").unwrap();
+    check_base(&dir, || "f00d").unwrap();
     let error = check_base(&dir, "beef").unwrap_err();
     assert_eq!(error.reason(), "wrong_base");
     assert!(error.to_string().contains("f00d") && error.to_string().contains("beef"));

@@ -61,9 +61,12 @@ fn the_tutorial_s_addresses_lead_to_jobs_files_and_models() {
         "hyperparameters": {"n_epochs": -1, "batch_size": -1, "learning_rate_multiplier": 1}});
     let path = format!("/openai/fine_tuning/jobs?{VERSION}");
     let made = server.request("POST", &path, &[key, JSON], body.to_string().as_bytes());
-    let expected =
-        json!({"batch_size": "auto", "learning_rate_multiplier": 1.0, "n_epochs": "auto"});
+    let expected = json!({"batch_size": -1, "learning_rate_multiplier": 1.0, "n_epochs": -1});
     assert_eq!((made.status, &made.json()["hyperparameters"]), (200, &expected), "{made:?}");
+    let id = made.json()["id"].as_str().unwrap().to_owned();
+    let plain = get(&format!("/v1/fine_tuning/jobs/{id}")).json();
+    // As soon as its file has been counted there are numbers.
+    assert!(plain["hyperparameters"]["n_epochs"] != json!(-1), "{plain}");
 
     // The key is looked at behind the rewriting, and what does not exist stays so.
     for path in ["/openai/files", "/openai/nope", "/openai", "/openai/deployments/x/nope", ACCOUNT]

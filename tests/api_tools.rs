@@ -112,6 +112,18 @@ fn what_was_trained_as_a_call_is_answered_as_a_call() {
     let answer = server.chat(&ask("", json!({"messages": messages})));
     assert_eq!(answer["object"], "chat.completion");
 
+    // The older words for the same mean the same, as they do in training rows.
+    let messages = json!([{"role": "user", "content": "add"},
+        {"role": "assistant", "content": null, "function_call": calls[0]["function"]},
+        {"role": "function", "name": "add", "content": "13"}]);
+    let older = server.chat(&ask("", json!({"messages": messages})));
+    assert_eq!(older["choices"][0]["message"], answer["choices"][0]["message"]);
+    assert_eq!(older["usage"]["prompt_tokens"], answer["usage"]["prompt_tokens"]);
+    let messages = json!([{"role": "function", "content": "13"}]);
+    let refused = server.post(common::server::CHAT, &ask("", json!({"messages": messages})));
+    assert_eq!(refused.status, 400, "{refused:?}");
+    assert_eq!(refused.json()["error"]["param"], "messages[0].name");
+
     // A client that names no tools gets what the model writes, as it is.
     let untooled = server.chat(&common::chat("tuned", "add", json!({"max_tokens": 100})));
     assert!(untooled["choices"][0]["message"].get("tool_calls").is_none());

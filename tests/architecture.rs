@@ -50,7 +50,7 @@ const GUESTS: &[(&str, &[&str])] = &[
     ("axum", &["api"]),
     ("rusqlite", &["jobs"]),
     ("ureq", &["jobs", "cli"]),
-    ("rustix", &["jobs", "cli"]),
+    ("rustix", &["publish", "jobs", "cli"]),
     ("csv", &["data"]),
     ("flate2", &["data"]),
     ("parquet", &["data"]),
@@ -83,6 +83,23 @@ fn every_import_points_downwards() {
                 if !homes.contains(floor) && !names_after(&code, &format!("{guest}::")).is_empty() {
                     wrong.push(format!("{place}: `{floor}` may not know `{guest}`"));
                 }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn what_is_published_is_written_through_the_one_door() {
+    let changes =
+        ["write", "copy", "rename", "hard_link", "create_dir", "remove_file", "remove_dir"];
+    let changes = changes.map(|name| format!("fs::{name}"));
+    let mut wrong = Vec::new();
+    for floor in ["adapters", "train"] {
+        for (place, code) in code_lines(floor) {
+            let found = changes.iter().any(|change| code.contains(change));
+            if found || code.contains("File::create") || code.contains("File::options") {
+                wrong.push(format!("{place}: `publish::disk` does this, and tests its failures"));
             }
         }
     }

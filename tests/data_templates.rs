@@ -1,8 +1,11 @@
 //! What the templates of well-known model families make a conversation train.
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
 use std::{fs, path::Path};
 
+use common::TempDir;
 use serde_json::{Value, json};
 use tunesmith::{
     data::{DataError, Encoder, Example, LossOn, Question, Row, parse_rows},
@@ -115,9 +118,7 @@ struct Model {
 
 impl Model {
     fn new(family: &str, end_of_turn: &str) -> Self {
-        let dir =
-            std::env::temp_dir().join(format!("tunesmith-family-{family}-{}", std::process::id()));
-        fs::create_dir_all(&dir).unwrap();
+        let dir = TempDir::new();
         let fixtures = Path::new(FIXTURES);
         let bytes = fs::read(fixtures.join("tiny-llama/tokenizer.json")).unwrap();
         let mut tokenizer: Value = serde_json::from_slice(&bytes).unwrap();
@@ -133,12 +134,10 @@ impl Model {
         fs::write(dir.join("tokenizer_config.json"), config.to_string()).unwrap();
         let template = format!("chat_templates/templates/{family}.jinja");
         fs::copy(fixtures.join(template), dir.join("chat_template.jinja")).unwrap();
-        let model = Self {
-            tokenizer: Tokenizer::from_dir(&dir).unwrap(),
-            template: ChatTemplate::from_dir(&dir).unwrap(),
-        };
-        fs::remove_dir_all(&dir).unwrap();
-        model
+        Self {
+            tokenizer: Tokenizer::from_dir(&dir.0).unwrap(),
+            template: ChatTemplate::from_dir(&dir.0).unwrap(),
+        }
     }
 
     fn encode(&self, rows: &[Value]) -> Result<Vec<Example>, DataError> {

@@ -21,7 +21,7 @@ use tunesmith::{
         EngineConfig, EngineHandle, FinishReason, GenerationEvent, GenerationRequest,
         GenerationStream, RequestOptions, SamplingParams, TokenScore, spawn,
     },
-    model::{Decoder, Projection, Step, StepSequence, WeightMode},
+    model::{Decoder, KvDtype, Projection, Step, StepSequence, WeightMode},
 };
 
 const MODELS: [&str; 2] = ["tiny-llama", "tiny-qwen2"];
@@ -90,6 +90,7 @@ fn config() -> EngineConfig {
         max_batch_tokens: 256,
         block_size: 16,
         num_blocks: 128,
+        kv_dtype: KvDtype::F32,
         prefix_cache: true,
     }
 }
@@ -424,9 +425,11 @@ fn a_client_that_leaves_gives_everything_back() {
 fn a_config_for_a_model_uses_the_memory_it_is_given_and_no_more_than_it_needs() {
     let model = tiny_model(MODELS[0]);
     let (config, block) = (model.config(), EngineConfig::DEFAULT_BLOCK_SIZE);
-    let block_bytes = tunesmith::model::KvCache::block_bytes(config, block);
+    let block_bytes = tunesmith::model::KvCache::block_bytes(config, KvDtype::F32);
     let small = EngineConfig::for_model(config, 8, 10 * block_bytes);
     assert_eq!((small.num_blocks, small.max_model_len), (10, 10 * block));
+    let halved = EngineConfig::for_cache(config, 8, 10 * block_bytes, KvDtype::Bf16);
+    assert_eq!((halved.num_blocks, halved.max_model_len), (20, 20 * block));
     let large = EngineConfig::for_model(config, 8, usize::MAX);
     assert_eq!(large.num_blocks, 8 * config.max_position_embeddings.div_ceil(block));
     assert_eq!(large.max_model_len, config.max_position_embeddings);

@@ -67,7 +67,15 @@ fn check(name: &str, shapes: &[&[usize]], op: &Op<'_>) {
 #[test]
 fn every_operation_has_the_gradient_of_its_forward() {
     let angles = ops::rope::Angles::new(&[0, 1, 2, 0, 1], &[1.0, 0.3]);
-    let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 6, scale: 0.4 };
+    let shape = AttentionShape {
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 6,
+        scale: 0.4,
+        window: None,
+        soft_cap: None,
+    };
+    let near = AttentionShape { window: Some(5), soft_cap: Some(0.7), ..shape };
     let sequences: Arc<[Range<usize>]> = [0..3, 3..23].into();
     check("add", &[&[3, 4], &[3, 4]], &|x| ops::add::add(&x[0], &x[1]));
     check("linear", &[&[5, 7], &[3, 7]], &|x| {
@@ -78,6 +86,10 @@ fn every_operation_has_the_gradient_of_its_forward() {
     });
     check("rms_norm", &[&[5, 19], &[19]], &|x| ops::rms_norm::rms_norm(&x[0], &x[1], 1e-5));
     check("silu_mul", &[&[5, 19], &[5, 19]], &|x| ops::gated_mlp::silu_mul(&x[0], &x[1]));
+    check("gelu_mul", &[&[5, 19], &[5, 19]], &|x| {
+        ops::gated_mlp::gated_mul(ops::gated_mlp::Activation::GeluTanh, &x[0], &x[1])
+    });
+    check("soft_cap", &[&[5, 19]], &|x| ops::soft_cap::soft_cap(&x[0], 0.8));
     check("rope", &[&[5, 8]], &|x| ops::rope::rope(&x[0], &angles));
     check("embedding", &[&[6, 4]], &|x| {
         ops::embedding::embedding(&x[0].clone().into(), &[1, 5, 1, 0])
@@ -86,6 +98,14 @@ fn every_operation_has_the_gradient_of_its_forward() {
     check("lora", &[&[5, 7], &[3, 7], &[11, 3]], &|x| ops::lora::lora(&x[0], &x[1], &x[2], 1.5));
     check("attention", &[&[23, 24], &[23, 12], &[23, 12]], &|x| {
         ops::attention::attention(&x[0], &x[1], &x[2], shape, &sequences)
+    });
+    check("attention with a window and a cap", &[&[23, 24], &[23, 12], &[23, 12]], &|x| {
+        ops::attention::attention(&x[0], &x[1], &x[2], near, &sequences)
+    });
+    check("capped cross_entropy", &[&[4, 6], &[9, 6]], &|x| {
+        let head = x[1].clone().into();
+        ops::cross_entropy::capped_cross_entropy(&x[0], &head, &[1, 8, 0, 3], Some(1.5))?
+            .narrow(0, 0, 1)
     });
     check("cross_entropy", &[&[4, 6], &[9, 6]], &|x| {
         ops::cross_entropy::cross_entropy(&x[0], &x[1].clone().into(), &[1, 8, 0, 3])?

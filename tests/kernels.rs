@@ -12,8 +12,8 @@ use proptest::prelude::*;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tunesmith::kernels::{
-    AttentionBackward, AttentionForward, AttentionShape, GROUP, Kernels, KvPanels, LANES,
-    MatmulJob, PackedWeight, QuerySpan, RmsNormGradient, WeightForm, all,
+    GROUP, Kernels, LoraSegment, MatmulJob, PackedWeight, RmsNormGradient, WeightForm, add_lora,
+    all, best,
 };
 
 fn random(rng: &mut ChaCha8Rng, count: usize) -> Vec<f32> {
@@ -128,6 +128,80 @@ proptest! {
     }
 
     #[test]
+    fn rows_of_many_adapters_get_the_bits_that_each_gets_alone(
+        lengths in prop::collection::vec((0_usize..12, 1_usize..40), 1..6), k in 1_usize..1100,
+        n in 1_usize..150, seed in any::<u64>(),
+    ) {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let forms = [WeightForm::F32, WeightForm::Bf16, WeightForm::F16];
+        let adapters: Vec<_> = lengths.iter().enumerate().map(|(i, (_, rank))| {
+            let form = forms[i % 3];
+            let a = PackedWeight::from_f32(form, &random(&mut rng, rank * k), k);
+            (a, PackedWeight::from_f32(form, &random(&mut rng, n * rank), *rank))
+        }).collect();
+        // Between the segments lies a row without an adapter.
+        let rows: usize = lengths.iter().map(|(rows, _)| rows + 1).sum();
+        let (x, before) = (random(&mut rng, rows * k), random(&mut rng, rows * n));
+        let mut start = 0;
+        let segments: Vec<_> = lengths.iter().zip(&adapters).map(|((count, _), (a, b))| {
+            let rows = start..start + count;
+            start += count + 1;
+            LoraSegment { rows, a, b, scale: 0.5 }
+        }).collect();
+        for table in all() {
+            let mut together = before.clone();
+            add_lora(table, &x, &segments, (k, n), &mut together);
+            let mut expected = before.clone();
+            for LoraSegment { rows, a, b, scale } in &segments {
+                for row in rows.clone() {
+                    // 1. Alone, and by the products that training uses.
+                    let mut alone = before[row * n..(row + 1) * n].to_vec();
+                    let x = &x[row * k..(row + 1) * k];
+                    let segment = LoraSegment { rows: 0..1, a, b, scale: *scale };
+                    add_lora(table, x, &[segment], (k, n), &mut alone);
+                    prop_assert_eq!(&alone, &together[row * n..(row + 1) * n], "{}", table.name);
+                    // 2. The right values.
+                    let rank = a.shape()[0];
+                    let added = product(&product(x, &rows_of(a), k), &rows_of(b), rank);
+                    let to = &mut expected[row * n..(row + 1) * n];
+                    to.iter_mut().zip(&added).for_each(|(to, added)| *to += 0.5 * added);
+                }
+            }
+            prop_assert!(difference(&together, &expected) < 2e-5, "{}", table.name);
+        }
+    }
+
+    #[test]
+    fn threads_and_rows_have_no_part_in_a_result(
+        rows in 1_usize..65, k in 1_usize..1300, n in 1_usize..400, seed in any::<u64>(),
+    ) {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let (x, w) = (random(&mut rng, rows * k), random(&mut rng, n * k));
+        let grad = random(&mut rng, rows * n);
+        for form in FORMS {
+            let weight = PackedWeight::from_f32(form, &w, k);
+            let adapter = PackedWeight::from_f32(WeightForm::F32, &w[..k.min(n * k)], k);
+            let b = PackedWeight::from_f32(WeightForm::F32, &grad[..n], 1);
+            let run = |threads: usize| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| {
+                    let [mut out, mut dw] = [vec![0.0; rows * n], vec![0.0; n * k]];
+                    let mut dx = vec![0.0; rows * k];
+                    weight.linear(best(), &x, None, &mut out);
+                    weight.input_gradient(best(), &grad, &mut dx);
+                    let segment = LoraSegment { rows: 0..rows, a: &adapter, b: &b, scale: 2.0 };
+                    add_lora(best(), &x, &[segment], (k, n), &mut out);
+                    let (a_strides, shape) = ((1, n), (n, rows, k));
+                    MatmulJob { a: &grad, a_strides, b: &x, shape, alpha: 1.0, accumulate: false }
+                        .run(best(), &mut dw);
+                    [out, dx, dw]
+                })
+            };
+            prop_assert_eq!(run(1), run(2), "{:?}", form);
+        }
+    }
+
+    #[test]
     fn packing_is_lossless_or_within_the_bounds_of_rounding(
         k in 1_usize..200, n in 1_usize..40, size in -30_i32..10, seed in any::<u64>(),
     ) {
@@ -212,146 +286,6 @@ proptest! {
             }
         }
     }
-
-    #[test]
-    fn attention_agrees_with_the_textbook(
-        lengths in prop::collection::vec(1_usize..50, 1..4), group in 1_usize..4,
-        kv_heads in 1_usize..3, half_dim in 1_usize..20, seed in any::<u64>(),
-    ) {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        let (heads, head_dim) = (group * kv_heads, half_dim * 2);
-        let shape = AttentionShape { heads, kv_heads, head_dim, scale: 0.3 };
-        let rows: usize = lengths.iter().sum();
-        let q = random(&mut rng, rows * heads * head_dim);
-        let [k, v] = [(); 2].map(|()| random(&mut rng, rows * kv_heads * head_dim));
-        let grad = random(&mut rng, q.len());
-        let mut sequences = Vec::new();
-        for length in &lengths {
-            let start = sequences.last().map_or(0, |range: &std::ops::Range<usize>| range.end);
-            sequences.push(start..start + length);
-        }
-        let expected = textbook(&shape, (&q, &k, &v), &sequences);
-        for table in all() {
-            let out = paged(table, &shape, (&q, &k, &v), &sequences);
-            prop_assert!(difference(&out, &expected) < 1e-5, "{}", table.name);
-            let mut grads = [vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]];
-            let [grad_q, grad_k, grad_v] = &mut grads;
-            AttentionBackward {
-                shape, queries: &q, keys: &k, values: &v, out: &out, grad_out: &grad,
-                sequences: &sequences,
-            }
-            .run(table, (grad_q, grad_k, grad_v));
-            check_slope(&shape, [&q, &k, &v], &grad, &sequences, &grads);
-        }
-    }
-}
-
-fn paged(
-    table: &Kernels,
-    shape: &AttentionShape,
-    (q, k, v): (&[f32], &[f32], &[f32]),
-    sequences: &[std::ops::Range<usize>],
-) -> Vec<f32> {
-    // Blocks are handed out back to front, so that a kernel that ignores the table is caught.
-    let total: usize = sequences.iter().map(|range| range.len().div_ceil(LANES)).sum();
-    let mut next = total;
-    let mut slots = Vec::new();
-    let mut tables = Vec::new();
-    for range in sequences {
-        let blocks: Vec<u32> = (0..range.len().div_ceil(LANES))
-            .map(|_| {
-                next -= 1;
-                next as u32
-            })
-            .collect();
-        slots.extend(
-            (0..range.len()).map(|at| blocks[at / LANES] * LANES as u32 + (at % LANES) as u32),
-        );
-        tables.push(blocks);
-    }
-    let mut keys = vec![0.0; total * shape.key_block_len()];
-    let mut values = vec![0.0; total * shape.value_block_len()];
-    shape.write_keys(k, &slots, &mut keys);
-    shape.write_values(v, &slots, &mut values);
-    let spans: Vec<QuerySpan<'_>> = sequences
-        .iter()
-        .zip(&tables)
-        .map(|(rows, table)| QuerySpan {
-            rows: rows.clone(),
-            first_position: 0,
-            block_table: table,
-        })
-        .collect();
-    let mut out = vec![0.0; q.len()];
-    let panels = KvPanels { keys: &keys, values: &values };
-    AttentionForward { shape: *shape, panels, queries: q, spans: &spans }.run(table, &mut out);
-    out
-}
-
-fn textbook(
-    shape: &AttentionShape,
-    (q, k, v): (&[f32], &[f32], &[f32]),
-    sequences: &[std::ops::Range<usize>],
-) -> Vec<f32> {
-    let AttentionShape { heads, kv_heads, head_dim, scale } = *shape;
-    let mut out = vec![0.0_f32; q.len()];
-    for range in sequences {
-        for row in range.clone() {
-            for head in 0..heads {
-                let kv = head / (heads / kv_heads);
-                let at = (row * heads + head) * head_dim;
-                let key = |j: usize| (j * kv_heads + kv) * head_dim;
-                let score = |j: usize| -> f64 {
-                    let dot =
-                        (0..head_dim).map(|d| f64::from(q[at + d]) * f64::from(k[key(j) + d]));
-                    dot.sum::<f64>() * f64::from(scale)
-                };
-                let weights: Vec<f64> = (range.start..=row).map(|j| score(j).exp()).collect();
-                let sum: f64 = weights.iter().sum();
-                for d in 0..head_dim {
-                    let mixed = (range.start..=row)
-                        .zip(&weights)
-                        .map(|(j, weight)| weight * f64::from(v[key(j) + d]))
-                        .sum::<f64>();
-                    out[at + d] = (mixed / sum) as f32;
-                }
-            }
-        }
-    }
-    out
-}
-
-/// The analytic gradient along a random direction against the difference quotient.
-fn check_slope(
-    shape: &AttentionShape,
-    inputs: [&[f32]; 3],
-    grad: &[f32],
-    sequences: &[std::ops::Range<usize>],
-    grads: &[Vec<f32>; 3],
-) {
-    let mut rng = ChaCha8Rng::seed_from_u64(1);
-    let directions = inputs.map(|input| random(&mut rng, input.len()));
-    let step = 1e-2_f32;
-    let value = |sign: f32| -> f64 {
-        let moved: Vec<Vec<f32>> = inputs
-            .iter()
-            .zip(&directions)
-            .map(|(input, direction)| {
-                input.iter().zip(direction).map(|(x, d)| x + sign * step * d).collect()
-            })
-            .collect();
-        let out = textbook(shape, (&moved[0], &moved[1], &moved[2]), sequences);
-        out.iter().zip(grad).map(|(out, grad)| f64::from(*out) * f64::from(*grad)).sum()
-    };
-    let numeric = (value(1.0) - value(-1.0)) / f64::from(2.0 * step);
-    let analytic: f64 = grads
-        .iter()
-        .zip(&directions)
-        .flat_map(|(grad, direction)| grad.iter().zip(direction))
-        .map(|(grad, direction)| f64::from(*grad) * f64::from(*direction))
-        .sum();
-    let size: f64 = grads.iter().flatten().map(|grad| f64::from(*grad).powi(2)).sum::<f64>().sqrt();
-    assert!((numeric - analytic).abs() < 2e-2 * size.max(0.1), "{numeric} against {analytic}");
 }
 
 /// A buffer between two pages that must not be touched: the kernels read and write nothing beside it.
@@ -421,6 +355,10 @@ fn nothing_beside_the_buffers_is_touched() {
                     weight.linear(table, x.slice(), Some(bias.slice()), y.slice());
                     weight.input_gradient(table, y.slice(), dx.slice());
                 }
+                let a = PackedWeight::from_f32(WeightForm::F32, w.slice(), k);
+                let b = PackedWeight::from_f32(WeightForm::Bf16, &vec![0.5; n * n], n);
+                let segment = LoraSegment { rows: 0..rows, a: &a, b: &b, scale: 1.0 };
+                add_lora(table, x.slice(), &[segment], (k, n), y.slice());
                 tunesmith::kernels::linear(table, x.slice(), w.slice(), k, y.slice());
                 tunesmith::kernels::input_gradient(table, y.slice(), w.slice(), k, dx.slice());
                 let (a_strides, shape) = ((k, 1), (rows, k, 1));
@@ -435,6 +373,37 @@ fn nothing_beside_the_buffers_is_touched() {
                 let mut out = Guarded::new(&vec![0.0; rows], at_end);
                 job.run(table, out.slice());
             }
+        }
+    }
+}
+
+#[test]
+fn empty_matrices_are_multiplied_without_a_panic() {
+    for (rows, k, n) in [(0, 5, 7), (3, 0, 7), (3, 5, 0), (0, 0, 0), (1, 1, 1), (40, 0, 3)] {
+        let (x, w) = (vec![1.0; rows * k], vec![1.0; n * k]);
+        let (bias, grad) = (vec![2.0; n], vec![1.0; rows * n]);
+        for table in all() {
+            for form in FORMS {
+                let source = if form.is_exact() { form } else { WeightForm::F32 };
+                let weight = PackedWeight::pack(form, source, [n, k], |_, bytes: &mut [u8]| {
+                    bytes.fill(0);
+                    Ok::<_, std::convert::Infallible>(())
+                })
+                .unwrap();
+                let mut out = vec![f32::NAN; rows * n];
+                weight.linear(table, &x, Some(&bias), &mut out);
+                assert!(out.iter().all(|value| *value == 2.0), "{form:?} {rows} {k} {n}: {out:?}");
+                let mut dx = vec![f32::NAN; rows * k];
+                weight.input_gradient(table, &grad, &mut dx);
+                assert!(dx.iter().all(|value| *value == 0.0), "{form:?} {rows} {k} {n}: {dx:?}");
+            }
+            let mut out = vec![1.0; rows * n];
+            let shape = (rows, k, n);
+            MatmulJob { a: &x, a_strides: (k, 1), b: &w, shape, alpha: 1.0, accumulate: false }
+                .run(table, &mut out);
+            #[allow(clippy::cast_precision_loss)]
+            let expected = k as f32;
+            assert!(out.iter().all(|value| *value == expected));
         }
     }
 }

@@ -71,11 +71,23 @@ fn weights(folder: &Path) -> Vec<u8> {
 
 /// Waits until the run in `work` has logged `count` lines, or has ended.
 fn wait_for_events(work: &Path, count: usize, child: &mut Child) {
+    wait_for_lines(work, "", count, child);
+}
+
+/// Waits until the run in `work` has made `count` steps, or has ended.
+fn wait_for_steps(work: &Path, count: usize, child: &mut Child) {
+    wait_for_lines(work, "\"event\":\"step\"", count, child);
+}
+
+fn wait_for_lines(work: &Path, with: &str, count: usize, child: &mut Child) {
     let since = Instant::now();
     loop {
         let log = fs::read_to_string(work.join("events.jsonl")).unwrap_or_default();
         let ended = child.try_wait().unwrap().is_some();
-        if log.lines().count() >= count || ended || since.elapsed() > Duration::from_secs(120) {
+        if log.lines().filter(|line| line.contains(with)).count() >= count
+            || ended
+            || since.elapsed() > Duration::from_secs(120)
+        {
             return;
         }
         sleep(Duration::from_millis(2));
@@ -125,6 +137,47 @@ fn a_killed_run_resumes_to_the_same_weights_wherever_it_was_killed() {
         assert!(left.is_empty(), "left behind: {left:?}");
         fs::remove_dir_all(&output).unwrap();
     }
+}
+
+/// Kills one run of 200 steps so often, with SIGKILL, at steps spread over it and at any moment within
+/// them; a fifth of the processes while they start. It must make the adapter of an undisturbed run.
+fn kill_often(kills: usize) {
+    const STEPS: usize = 200;
+    let scratch = Scratch::new(&format!("kills-{kills}"));
+    let settings = ["--resume", "--max-steps", "200", "--batch-size", "2", "--samples", "0"];
+    succeeded(&scratch.train("whole", &settings).output().unwrap());
+    let whole = weights(&scratch.0.join("whole"));
+
+    let mut alive = 0;
+    for kill in 1..=kills {
+        let mut child = scratch.train("killed", &settings).spawn().unwrap();
+        let moment = Duration::from_micros((kill as f64 * 0.618 % 1.0 * 20_000.0) as u64);
+        if kill.is_multiple_of(5) {
+            sleep(3 * moment);
+        } else {
+            let target = kill * STEPS / (kills + 1);
+            wait_for_steps(&scratch.0.join("killed.work"), target, &mut child);
+            sleep(moment);
+        }
+        alive += usize::from(child.try_wait().unwrap().is_none());
+        // It may have ended meanwhile.
+        let _ = child.kill();
+        child.wait().unwrap();
+    }
+    assert!(alive * 10 >= kills * 9, "only {alive} of {kills} kills met a living process");
+    succeeded(&scratch.train("killed", &settings).output().unwrap());
+    assert!(weights(&scratch.0.join("killed")) == whole, "other weights after {kills} kills");
+}
+
+#[test]
+fn a_run_that_is_killed_ten_times_makes_the_same_adapter() {
+    kill_often(10);
+}
+
+#[test]
+#[ignore = "takes half a minute; the same with a hundred kills"]
+fn a_run_that_is_killed_a_hundred_times_makes_the_same_adapter() {
+    kill_often(100);
 }
 
 #[test]

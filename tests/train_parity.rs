@@ -1,5 +1,6 @@
 //! Twenty steps from the same A and B give the losses, gradient norms and final A and B of a loop
-//! over PEFT (`tests/fixtures/make_oracle.py`), and of TRL's `DPOTrainer` (`make_dpo_oracle.py`).
+//! over PEFT (`tests/fixtures/make_oracle.py`), of TRL's `DPOTrainer` (`make_dpo_oracle.py`), its variants
+//! and its `ORPOTrainer`, and of transformers' `LabelSmoother` (`make_methods_oracle.py`).
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -13,7 +14,9 @@ use tunesmith::{
     adapters::LoraAdapter,
     data::Example,
     model::ModelConfig,
-    train::{Objective, ScheduleKind, TrainConfig, TrainEvent, TrainJob, run},
+    train::{
+        LossTokens, Objective, PairLoss, ScheduleKind, TrainConfig, TrainEvent, TrainJob, run,
+    },
 };
 
 fn fixtures() -> PathBuf {
@@ -27,14 +30,24 @@ fn example(sequence: &Value) -> Example {
     Example { line: 1, tokens, loss_mask, num_truncated: 0, rejected: None }
 }
 
-fn check(name: &str) {
+/// The trace of an oracle.
+fn trace(name: &str, kind: &str) -> Value {
+    let path = fixtures().join("oracle").join(format!("{name}-{kind}.json"));
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+/// A folder of its own, to be removed at the end.
+fn output(name: &str, kind: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("tunesmith-{kind}-{name}-{}", std::process::id()))
+}
+
+fn check(name: &str, kind: &str) {
     let oracle = fixtures().join("oracle");
-    let trace = fs::read(oracle.join(format!("{name}-train.json"))).unwrap();
-    let trace: Value = serde_json::from_slice(&trace).unwrap();
+    let trace = trace(name, kind);
     let steps = trace["steps"].as_array().unwrap();
     let settings = &trace["settings"];
     let sequences = |step: &Value| step["sequences"].as_array().unwrap().clone();
-    let output = std::env::temp_dir().join(format!("tunesmith-{name}-{}", std::process::id()));
+    let output = output(name, kind);
     let model_dir = fixtures().join(name);
     let job = TrainJob {
         config: TrainConfig {
@@ -49,6 +62,7 @@ fn check(name: &str) {
             batch_size: sequences(&steps[0]).len(),
             micro_batch_tokens: 20,
             grad_clip: settings["max_grad_norm"].as_f64().unwrap(),
+            label_smoothing: settings["label_smoothing"].as_f64().unwrap_or(0.0),
             shuffle: false,
             overwrite: true,
             ..TrainConfig::default()
@@ -82,7 +96,7 @@ fn check(name: &str) {
     run(&job, &mut observer, &AtomicBool::new(false)).unwrap();
     assert!(expected.next().is_none(), "{name}: fewer steps than the oracle made");
 
-    same_adapter(name, &output, &format!("{name}-train-final"));
+    same_adapter(name, &output, &format!("{name}-{kind}-final"));
     fs::remove_dir_all(&output).unwrap();
 }
 
@@ -114,21 +128,22 @@ fn pair(value: &Value) -> Example {
     Example { rejected: Some(Box::new(side("rejected_ids"))), ..side("chosen_ids") }
 }
 
-fn check_dpo(name: &str) {
+/// `set` is what makes a run one of `kind`, given the oracle's settings.
+fn check_preferences(name: &str, kind: &str, set: impl FnOnce(&mut TrainConfig, &Value)) {
     let oracle = fixtures().join("oracle");
-    let trace = fs::read(oracle.join(format!("{name}-dpo.json"))).unwrap();
-    let trace: Value = serde_json::from_slice(&trace).unwrap();
+    let trace = trace(name, kind);
     let steps = trace["steps"].as_array().unwrap();
     let settings = &trace["settings"];
     let pairs = |step: &Value| step["pairs"].as_array().unwrap().clone();
-    let output = std::env::temp_dir().join(format!("tunesmith-dpo-{name}-{}", std::process::id()));
-    let job = TrainJob {
+    let output = output(name, kind);
+    let mut job = TrainJob {
         config: TrainConfig {
             model: name.to_owned(),
             data: "trace".into(),
             output: output.clone(),
             objective: Objective::Dpo,
             dpo_beta: settings["beta"].as_f64().unwrap(),
+            orpo_beta: settings["beta"].as_f64().unwrap(),
             init_adapter: Some(oracle.join(format!("{name}-train-initial"))),
             lr: settings["learning_rate"].as_f64(),
             warmup_steps: settings["warmup_steps"].as_u64().unwrap() as usize,
@@ -146,6 +161,7 @@ fn check_dpo(name: &str) {
         valid: Vec::new(),
         sources: Vec::new(),
     };
+    set(&mut job.config, settings);
     let mut expected = steps.iter();
     let mut observer = |event: &TrainEvent| {
         let TrainEvent::Step {
@@ -176,26 +192,63 @@ fn check_dpo(name: &str) {
     };
     run(&job, &mut observer, &AtomicBool::new(false)).unwrap();
     assert!(expected.next().is_none(), "{name}: fewer steps than the oracle made");
-    same_adapter(name, &output, &format!("{name}-dpo-final"));
+    same_adapter(name, &output, &format!("{name}-{kind}-final"));
     fs::remove_dir_all(&output).unwrap();
 }
 
+const NAMES: [&str; 2] = ["tiny-llama", "tiny-qwen2"];
+
 #[test]
-fn a_llama_learns_preferences_as_with_trl() {
-    check_dpo("tiny-llama");
+fn preferences_are_learned_as_with_trl() {
+    for name in NAMES {
+        check_preferences(name, "dpo", |_, _| {});
+    }
 }
 
 #[test]
-fn a_qwen2_learns_preferences_as_with_trl() {
-    check_dpo("tiny-qwen2");
+fn preferences_with_some_labels_wrong_are_learned_as_with_trl() {
+    for name in NAMES {
+        for (kind, loss) in
+            [("dpo-conservative", PairLoss::Sigmoid), ("dpo-robust", PairLoss::Robust)]
+        {
+            check_preferences(name, kind, |config, settings| {
+                config.dpo_loss = loss;
+                config.dpo_label_smoothing = settings["label_smoothing"].as_f64().unwrap();
+            });
+        }
+    }
 }
 
 #[test]
-fn a_llama_trains_as_with_peft() {
-    check("tiny-llama");
+fn preferences_with_the_likelihood_of_the_better_answer_are_learned_as_with_trl() {
+    for name in NAMES {
+        check_preferences(name, "dpo-sft", |config, settings| {
+            config.dpo_sft_weight = settings["sft_weight"].as_f64().unwrap();
+        });
+    }
 }
 
 #[test]
-fn a_qwen2_trains_as_with_peft() {
-    check("tiny-qwen2");
+fn odds_ratios_are_learned_as_with_trl() {
+    for name in NAMES {
+        check_preferences(name, "orpo", |config, _| {
+            config.objective = Objective::Orpo;
+            // The likelihood is that of prompt and answer there.
+            config.loss_on = LossTokens::All;
+        });
+    }
+}
+
+#[test]
+fn supervised_training_is_that_of_peft() {
+    for name in NAMES {
+        check(name, "train");
+    }
+}
+
+#[test]
+fn smoothed_labels_are_those_of_transformers() {
+    for name in NAMES {
+        check(name, "smoothed");
+    }
 }

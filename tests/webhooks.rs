@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::{path::Path, thread, time::Duration};
+use std::{path::Path, sync::mpsc, thread, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use common::{Server, TempDir, fake::Fake, fixture, server::command};
@@ -106,6 +106,39 @@ fn a_receiver_that_is_gone_keeps_nobody_waiting() {
     thread::sleep(Duration::from_millis(100));
     server.terminate();
     assert!(server.wait().0.success());
+}
+
+#[test]
+fn a_receiver_that_does_not_answer_delays_no_other() {
+    let dir = TempDir::new();
+    let (release, held) = mpsc::channel::<()>();
+    let slow = Fake::start(move |_, _| {
+        // Answers when the test is over.
+        let _ = held.recv();
+        (200, String::new())
+    });
+    let fast = Fake::start(|_, _| (200, String::new()));
+    drop(start(&dir.0, &[]));
+    enqueue(&dir.0, &slow.url, "cancelled");
+    enqueue(&dir.0, &slow.url, "failed");
+    enqueue(&dir.0, &fast.url, "succeeded");
+    let server = start(&dir.0, &[slow.url.clone(), fast.url.clone()]);
+    server.wait_until("the fast one has been told", |_| pending(&dir.0) == 2);
+    server.wait_until("the slow one has been asked", |_| !slow.asked().is_empty());
+    assert_eq!((fast.asked().len(), slow.asked().len()), (1, 1));
+    drop(release);
+    server.wait_until("the slow one has been told", |_| pending(&dir.0) == 0);
+}
+
+#[test]
+fn a_receiver_that_is_named_twice_is_refused_at_the_start() {
+    let dir = TempDir::new();
+    let webhook = "http://localhost/hook";
+    let args = ["--data-dir", dir.0.to_str().unwrap(), "--webhook", webhook, "--webhook", webhook];
+    let output = command(&fixture("tiny-llama"), &args).output().unwrap();
+    assert!(!output.status.success());
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("http://localhost/hook is named twice"), "{said}");
 }
 
 #[test]

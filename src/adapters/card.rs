@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{AdapterError, files::read_file};
+use crate::publish::disk;
 
 /// Largest card that is read, in bytes; a curve of 100 000 points fits.
 const CARD_BYTES_LIMIT: u64 = 32 << 20;
@@ -78,19 +79,26 @@ impl AdapterCard {
         let failed = |source| AdapterError::Io { path: path.clone(), source };
         let mut text = serde_json::to_string_pretty(self).map_err(|error| failed(error.into()))?;
         text.push('\n');
-        std::fs::write(&path, text).map_err(failed)
+        Ok(disk::write(&path, text)?)
     }
 }
 
 /// Refuses an adapter whose card names another base. Without a card, or with one that does not
-/// name a fingerprint, the shapes alone decide.
+/// name a fingerprint, the shapes alone decide, and nobody asks for the base's.
 ///
 /// # Errors
 /// `WrongBase`, and those of [`AdapterCard::read`].
-pub fn check_base(dir: &Path, base_fingerprint: &str) -> Result<(), AdapterError> {
+pub fn check_base<'a>(
+    dir: &Path,
+    base_fingerprint: impl FnOnce() -> &'a str,
+) -> Result<(), AdapterError> {
     let found = AdapterCard::read(dir)?.map(|card| card.base_fingerprint).unwrap_or_default();
-    if found.is_empty() || found == base_fingerprint {
+    if found.is_empty() {
         return Ok(());
     }
-    Err(AdapterError::WrongBase { expected: base_fingerprint.to_owned(), found })
+    let expected = base_fingerprint();
+    if found == expected {
+        return Ok(());
+    }
+    Err(AdapterError::WrongBase { expected: expected.to_owned(), found })
 }

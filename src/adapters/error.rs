@@ -2,6 +2,8 @@
 
 use std::{fmt::Write, io, path::PathBuf};
 
+use crate::publish::DiskError;
+
 /// Tensor names listed in a message before it says "and N more".
 const LISTED_TENSORS: usize = 8;
 
@@ -22,6 +24,9 @@ pub enum AdapterError {
         /// What the system said.
         source: io::Error,
     },
+    /// Writing failed.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// The weights are a Python pickle, which can run any program when it is opened.
     #[error(
         "{} is a Python pickle, which can run code when opened and is never read; if you trust it, \
@@ -180,7 +185,7 @@ impl AdapterError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::NotFound { .. } => "not_found",
-            Self::Io { .. } => "io",
+            Self::Io { .. } | Self::Disk(_) => "io",
             Self::Pickle { .. } => "pickle",
             Self::MalformedConfig { .. } => "malformed_config",
             Self::UnsupportedField { .. } => "unsupported_field",

@@ -209,7 +209,7 @@ impl Delta for LoraAdapter {
             return Ok(output);
         }
         let mut x = input.narrow(0, rows.start, rows.len())?; // [rows, in]
-        if let Some(Dropout { probability, seed }) = dropout
+        if let Some(Dropout { probability, seed, .. }) = dropout
             && probability > 0.0
         {
             x = self::dropout(&x, probability, site_seed(seed, site))?;

@@ -1,10 +1,11 @@
 //! Folding an adapter into the weights of its base, and writing the whole model.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, io, path::Path};
 
 use candle_core::{DType, Tensor};
 
 use super::{AdapterError, LoraAdapter, LoraModule, site::site_key};
+use crate::publish::disk;
 
 /// The file of a model that is written in one piece.
 const WEIGHTS_FILE: &str = "model.safetensors";
@@ -47,8 +48,9 @@ pub fn write_weights(dir: &Path, weights: &[(String, Tensor)]) -> Result<(), Ada
         weights.iter().map(|(name, weight)| (name.as_str(), weight)).collect();
     // transformers asks for the format before it reads.
     let metadata = [("format".to_owned(), "pt".to_owned())].into();
-    safetensors::serialize_to_file(views, Some(metadata), &path)
-        .map_err(|error| AdapterError::Io { path, source: std::io::Error::other(error) })
+    Ok(disk::write_with(&path, || {
+        safetensors::serialize_to_file(views, Some(metadata), &path).map_err(io::Error::other)
+    })?)
 }
 
 /// `W + scale * B A`. `[out, in]`

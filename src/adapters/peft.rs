@@ -19,6 +19,7 @@ use super::{
     site::{Matrix, all_sites, site_key, tensor_name},
 };
 use crate::model::{ModelConfig, Projection, Site};
+use crate::publish::disk;
 
 const CONFIG_FILE: &str = "adapter_config.json";
 const TENSOR_FILE: &str = "adapter_model.safetensors";
@@ -93,7 +94,7 @@ impl LoraAdapter {
         let mut text =
             serde_json::to_string_pretty(&config).map_err(|error| failed(error.into()))?;
         text.push('\n');
-        std::fs::write(&config_path, text).map_err(failed)?;
+        disk::write(&config_path, text)?;
 
         let mut bytes = BTreeMap::new();
         for (site, module) in self.modules() {
@@ -114,7 +115,7 @@ impl LoraAdapter {
         }
         let metadata = [("format".to_owned(), "pt".to_owned())].into();
         let file = safetensors::serialize(views, Some(metadata)).map_err(failed)?;
-        std::fs::write(&path, file).map_err(|source| AdapterError::Io { path, source })
+        Ok(disk::write(&path, file)?)
     }
 
     /// What most modules have stands in `r` and `lora_alpha`; the others are listed one by one.

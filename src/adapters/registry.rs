@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{AdapterError, LoadLimits, LoraAdapter, check_base};
-use crate::model::ModelConfig;
+use crate::model::{Decoder, ModelConfig};
 
 /// Longest name, in bytes.
 const NAME_BYTES_LIMIT: usize = 256;
@@ -33,10 +33,19 @@ pub struct AdapterVersion {
 /// the `Arc`, so a replaced version lives until its last request has ended.
 pub struct AdapterRegistry {
     model: ModelConfig,
-    base_fingerprint: Option<String>,
+    base: Base,
     limits: LoadLimits,
     current: RwLock<BTreeMap<String, Arc<AdapterVersion>>>,
     slots: Mutex<HashMap<String, Arc<Slot>>>,
+}
+
+/// What adapters must have been made for.
+enum Base {
+    /// Anything of the right shape.
+    Any,
+    Fingerprint(String),
+    /// Hashing it takes a moment, so only where a card names a base.
+    Decoder(Arc<Decoder>),
 }
 
 /// What a name keeps beyond its versions: the number of the last one, locked while one is loaded.
@@ -51,7 +60,7 @@ impl AdapterRegistry {
     pub fn new(model: ModelConfig) -> Self {
         Self {
             model,
-            base_fingerprint: None,
+            base: Base::Any,
             limits: LoadLimits::default(),
             current: RwLock::default(),
             slots: Mutex::default(),
@@ -61,7 +70,14 @@ impl AdapterRegistry {
     /// Refuses adapters whose card was written for a base with another fingerprint.
     #[must_use]
     pub fn with_base_fingerprint(mut self, fingerprint: &str) -> Self {
-        self.base_fingerprint = Some(fingerprint.to_owned());
+        self.base = Base::Fingerprint(fingerprint.to_owned());
+        self
+    }
+
+    /// The same for the base itself, whose fingerprint is computed once a card names one.
+    #[must_use]
+    pub fn with_base(mut self, decoder: &Arc<Decoder>) -> Self {
+        self.base = Base::Decoder(Arc::clone(decoder));
         self
     }
 
@@ -102,8 +118,10 @@ impl AdapterRegistry {
     /// # Errors
     /// Every reason to refuse the folder.
     pub fn read(&self, name: &str, dir: &Path) -> Result<AdapterVersion, AdapterError> {
-        if let Some(fingerprint) = &self.base_fingerprint {
-            check_base(dir, fingerprint)?;
+        match &self.base {
+            Base::Any => {}
+            Base::Fingerprint(fingerprint) => check_base(dir, || fingerprint)?,
+            Base::Decoder(decoder) => check_base(dir, || decoder.fingerprint())?,
         }
         let adapter = LoraAdapter::read_within(dir, &self.model, false, &self.limits)?;
         Ok(AdapterVersion {

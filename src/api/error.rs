@@ -239,7 +239,9 @@ impl From<EngineError> for ApiError {
                 param: Some("messages".to_owned()),
                 code: Some("context_length_exceeded"),
             },
-            EngineError::UnknownToken(_) | EngineError::Start(_) => Self::internal(error),
+            EngineError::UnknownToken(_) | EngineError::Start(_) | EngineError::Failed(_) => {
+                Self::internal(error)
+            }
         }
     }
 }

@@ -7,13 +7,14 @@ use std::{
 };
 
 use axum::{
-    Json, Router,
+    Extension, Json, Router,
     extract::{Path, RawQuery, Request, State},
     routing::{delete, get, post},
 };
 
 use super::{
     AppState,
+    azure_form::AzureForm,
     blocking::{blocking, with_service},
     body::{parse_json, read_body},
     checkpoints,
@@ -37,6 +38,13 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(3);
 /// How often it looks.
 const SETTLE_POLL: Duration = Duration::from_millis(50);
 
+/// Whether the request came in Azure's form: its answers show "auto" in their own way.
+type Form = Option<Extension<AzureForm>>;
+
+fn azure(form: Form) -> Option<AzureForm> {
+    form.map(|Extension(form)| form)
+}
+
 /// The routes of jobs.
 pub(crate) fn routes() -> Router<Arc<AppState>> {
     let permissions = get(checkpoints::list_permissions).post(checkpoints::create_permissions);
@@ -58,6 +66,7 @@ pub(crate) fn routes() -> Router<Arc<AppState>> {
 /// Makes a job. It is on disk when this answers.
 async fn create_job(
     State(state): State<Arc<AppState>>,
+    form: Form,
     request: Request,
 ) -> Result<Json<JobObject>, ApiError> {
     let service = Arc::clone(state.jobs()?);
@@ -71,7 +80,7 @@ async fn create_job(
             _ => return Err(ApiError::invalid("model", "`model` is required")),
         };
         let job = service.create_job(job_request(wire, parent, service.config())?)?;
-        Ok(JobObject::new(job, &service.config().organization))
+        Ok(JobObject::new(job, &service.config().organization, azure(form)))
     });
     Ok(Json(job.await?))
 }
@@ -98,6 +107,7 @@ fn parent_of(state: &AppState, service: &Service, model: &str) -> Result<Option<
 /// Newest first; `metadata[key]=value` keeps those that have it, `metadata=null` those without any.
 async fn list_jobs(
     State(state): State<Arc<AppState>>,
+    form: Form,
     RawQuery(query): RawQuery,
 ) -> Result<Json<ListObject<JobObject>>, ApiError> {
     let query = QueryPairs::parse(query.as_deref());
@@ -116,9 +126,10 @@ async fn list_jobs(
             wanted.iter().all(has) && (!wants_none || metadata.is_empty())
         })?;
         let organization = &service.config().organization;
+        let jobs = page.records.into_iter();
         Ok::<_, JobsError>(ListObject {
             object: "list",
-            data: page.records.into_iter().map(|job| JobObject::new(job, organization)).collect(),
+            data: jobs.map(|job| JobObject::new(job, organization, azure(form))).collect(),
             has_more: page.has_more,
         })
     });
@@ -127,37 +138,47 @@ async fn list_jobs(
 
 async fn get_job(
     State(state): State<Arc<AppState>>,
+    form: Form,
     Path(id): Path<String>,
 ) -> Result<Json<JobObject>, ApiError> {
     let job = with_service(&state, move |service| {
-        service.job(&id).map(|job| JobObject::new(job, &service.config().organization))
+        let organization = &service.config().organization;
+        service.job(&id).map(|job| JobObject::new(job, organization, azure(form)))
     });
     Ok(Json(job.await?))
 }
 
 async fn cancel_job(
     State(state): State<Arc<AppState>>,
+    form: Form,
     Path(id): Path<String>,
 ) -> Result<Json<JobObject>, ApiError> {
-    ask(&state, id, Wish::Cancel).await
+    ask(&state, id, form, Wish::Cancel).await
 }
 
 async fn pause_job(
     State(state): State<Arc<AppState>>,
+    form: Form,
     Path(id): Path<String>,
 ) -> Result<Json<JobObject>, ApiError> {
-    ask(&state, id, Wish::Pause).await
+    ask(&state, id, form, Wish::Pause).await
 }
 
 async fn resume_job(
     State(state): State<Arc<AppState>>,
+    form: Form,
     Path(id): Path<String>,
 ) -> Result<Json<JobObject>, ApiError> {
-    ask(&state, id, Wish::Resume).await
+    ask(&state, id, form, Wish::Resume).await
 }
 
 /// Clients send an empty body here, declared as JSON or as nothing: it is not read.
-async fn ask(state: &AppState, id: String, wish: Wish) -> Result<Json<JobObject>, ApiError> {
+async fn ask(
+    state: &AppState,
+    id: String,
+    form: Form,
+    wish: Wish,
+) -> Result<Json<JobObject>, ApiError> {
     let started = Instant::now();
     let asked = id.clone();
     let mut job = with_service(state, move |service| service.ask_job(&asked, wish)).await?;
@@ -169,5 +190,5 @@ async fn ask(state: &AppState, id: String, wish: Wish) -> Result<Json<JobObject>
         job = with_service(state, move |service| service.job(&asked)).await?;
     }
     let organization = &state.jobs()?.config().organization;
-    Ok(Json(JobObject::new(job, organization)))
+    Ok(Json(JobObject::new(job, organization, azure(form))))
 }

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
+use crate::data::modernize;
 
 const MAX_TOOLS: usize = 128;
 
@@ -17,6 +18,11 @@ pub(super) fn valid_message(
             format!("messages[{index}]: {what}"),
         )
     };
+    let is_named = message.get("name").is_some_and(Value::is_string);
+    if message.get("role").is_some_and(|role| role == "function") && !is_named {
+        return Err(wrong("name", "`name` is required of a message of the role `function`"));
+    }
+    modernize(&mut message);
     let role = match message.get("role").and_then(Value::as_str) {
         // Templates know the older name of the same thing.
         Some("developer") => "system".to_owned(),

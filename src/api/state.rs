@@ -21,7 +21,7 @@ pub struct ServerConfig {
     pub model_name: String,
     /// Where the base model came from, as `/v1/models` shows it.
     pub model_root: String,
-    /// SHA-256 of the base model, hex.
+    /// What tells the base model from others in `system_fingerprint`, hex.
     pub base_fingerprint: String,
     /// Tokens that end an answer; their text is never shown.
     pub eos_token_ids: Vec<u32>,

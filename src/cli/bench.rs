@@ -12,7 +12,7 @@ use self::load::{Load, median, quantile};
 use super::common::resolve_model;
 use crate::adapters::{AdapterRegistry, AdapterVersion};
 use crate::engine::{self, EngineConfig};
-use crate::model::{Decoder, WeightMode};
+use crate::model::{Decoder, Quantization};
 
 /// Memory for keys and values, in bytes.
 const KV_CACHE_BYTES: usize = 2 << 30;
@@ -49,6 +49,9 @@ pub(super) struct BenchArgs {
     /// Milliseconds that a chunk of a long prompt may keep running answers waiting, about [default: 250]
     #[arg(long, value_name = "MS")]
     max_step_ms: Option<u64>,
+    /// Hold the base in 8 bits, or its projections in 4
+    #[arg(long, value_name = "none|int8|int4", default_value = "none")]
+    quantize: Quantization,
     /// Threads of the tensor operations [default: all cores]
     #[arg(long)]
     threads: Option<usize>,
@@ -80,6 +83,7 @@ pub(super) fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     let arrival = arrival(&load, args)?;
     let report = json!({
         "model": args.model,
+        "quantize": args.quantize,
         "adapters": args.adapter.len(),
         "prefill": prefill,
         "decode": decode,
@@ -95,7 +99,7 @@ pub(super) fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
 
 fn open(args: &BenchArgs) -> anyhow::Result<Load> {
     let dir = resolve_model(&args.model)?;
-    let decoder = Decoder::load(&dir, WeightMode::Frozen)
+    let decoder = Decoder::load(&dir, args.quantize.into())
         .with_context(|| format!("loading {}", dir.display()))?;
     let registry = AdapterRegistry::new(decoder.config().clone());
     let load = |(index, dir): (usize, &PathBuf)| -> anyhow::Result<Arc<AdapterVersion>> {

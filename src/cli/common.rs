@@ -1,8 +1,8 @@
 //! What several commands share: finding a model folder and loading its parts.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc, thread};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 
 use super::pull::PullDisplay;
 use crate::hub;
@@ -45,9 +45,15 @@ pub(super) fn resolve_model(model: &str) -> anyhow::Result<PathBuf> {
 pub(super) fn load_model(model: &str, mode: WeightMode) -> anyhow::Result<LoadedModel> {
     let dir = resolve_model(model)?;
     let context = || format!("loading {}", dir.display());
+    // Reading weights is a matter of memory, a tokenizer's vocabulary one of allocations.
+    let (decoder, tokenizer) = thread::scope(|scope| {
+        let tokenizer = scope.spawn(|| Tokenizer::from_dir(&dir));
+        (Decoder::load(&dir, mode), tokenizer.join())
+    });
+    let Ok(tokenizer) = tokenizer else { bail!("{}: the tokenizer's reader panicked", context()) };
     Ok(LoadedModel {
-        decoder: Decoder::load(&dir, mode).with_context(context)?,
-        tokenizer: Arc::new(Tokenizer::from_dir(&dir).with_context(context)?),
+        decoder: decoder.with_context(context)?,
+        tokenizer: Arc::new(tokenizer.with_context(context)?),
         template: Arc::new(ChatTemplate::from_dir(&dir).with_context(context)?),
         dir,
     })

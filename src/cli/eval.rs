@@ -175,12 +175,11 @@ pub(super) fn write_reports(
 ) -> anyhow::Result<()> {
     if let Some(path) = json {
         let text = serde_json::to_string_pretty(&report.to_json())? + "\n";
-        publish_file(path, text.as_bytes()).with_context(|| path.display().to_string())?;
+        publish_file(path, text.as_bytes())?;
         println!("wrote {}", path.display());
     }
     if let Some(path) = html {
-        publish_file(path, html::render(report).as_bytes())
-            .with_context(|| path.display().to_string())?;
+        publish_file(path, html::render(report).as_bytes())?;
         println!("wrote {}", path.display());
     }
     Ok(())

@@ -12,7 +12,7 @@ use clap::Args;
 use super::common::resolve_model;
 use crate::adapters::{LoraAdapter, check_base, merged_weights, write_weights};
 use crate::model::{Decoder, WeightMode};
-use crate::publish::publish_dir;
+use crate::publish::{disk, publish_dir};
 
 /// What a model folder has beside its weights.
 const COPIED_FILES: &[&str] = &[
@@ -60,7 +60,7 @@ pub(super) fn run(args: &MergeArgs) -> anyhow::Result<ExitCode> {
     let decoder = Decoder::load(&dir, WeightMode::Frozen)
         .with_context(|| format!("loading {}", dir.display()))?;
     let in_adapter = || format!("adapter {}", args.adapter.display());
-    check_base(&args.adapter, decoder.fingerprint()).with_context(in_adapter)?;
+    check_base(&args.adapter, || decoder.fingerprint()).with_context(in_adapter)?;
     let adapter =
         LoraAdapter::read(&args.adapter, decoder.config(), false).with_context(in_adapter)?;
     let weights = merged_weights(decoder.tensors(), &adapter).with_context(in_adapter)?;
@@ -68,8 +68,7 @@ pub(super) fn run(args: &MergeArgs) -> anyhow::Result<ExitCode> {
         for name in COPIED_FILES {
             let source = dir.join(name);
             if source.is_file() {
-                fs::copy(&source, output.join(name))
-                    .with_context(|| format!("copying {}", source.display()))?;
+                disk::copy(&source, &output.join(name))?;
             }
         }
         Ok(write_weights(output, &weights)?)

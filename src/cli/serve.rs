@@ -114,8 +114,7 @@ fn build_state(
     let model_name = served_name(args, model, &loaded.dir)?;
     let eos_token_ids = loaded.stop_token_ids();
     let decoder = Arc::new(loaded.decoder);
-    let registry =
-        AdapterRegistry::new(decoder.config().clone()).with_base_fingerprint(decoder.fingerprint());
+    let registry = AdapterRegistry::new(decoder.config().clone()).with_base(&decoder);
     let given = adapters_given(&args.adapter)?;
     for (name, dir) in &given {
         ensure!(*name != model_name, "--adapter {name}: that is the base model's name");
@@ -133,7 +132,7 @@ fn build_state(
     let config = ServerConfig {
         model_name,
         model_root: loaded.dir.display().to_string(),
-        base_fingerprint: decoder.fingerprint().to_owned(),
+        base_fingerprint: decoder.quick_fingerprint(),
         eos_token_ids,
         keys: access.keys,
         local_only: access.local_only,

@@ -119,7 +119,7 @@ pub(super) fn prepare(config: TrainConfig, say: &dyn Fn(&str)) -> anyhow::Result
     let encoder = Encoder {
         tokenizer: &tokenizer,
         template: &template,
-        loss_on: config.loss_on.into(),
+        loss_on: config.encoded_tokens(),
         max_length: config.max_length.min(positions),
     };
     let reader = DataReader { config: &config, encoder, say };

@@ -53,10 +53,10 @@ pub fn kind_name(rows: &[Row]) -> &'static str {
 #[must_use]
 pub fn wrong_kinds(rows: &[Row], wants_preferences: bool) -> Vec<RowError> {
     let message = if wants_preferences {
-        "no preference row: dpo needs `input`, `preferred_output` and `non_preferred_output` \
+        "no preference row: dpo and orpo need `input`, `preferred_output` and `non_preferred_output` \
          (or `prompt`, `chosen` and `rejected`)"
     } else {
-        "a preference row, which only dpo can use; supervised training needs `messages` \
+        "a preference row, which only dpo and orpo can use; supervised training needs `messages` \
          (or `prompt` and `completion`)"
     };
     let is_wrong = |row: &&Row| (RowKind::of(row) == RowKind::Preference) != wants_preferences;

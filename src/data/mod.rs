@@ -33,7 +33,7 @@ pub use self::{
         TOOL_CALLS_DROPPED,
     },
     files::source_files,
-    format::{FORMATS, Format, Problems},
+    format::{FORMATS, Format, Problems, modernize},
     kind::{RowKind, WRONG_ROW_KIND, kind_name, wrong_kinds},
     question::{Question, choose_examples, few_shot, questions},
     read::{MAX_LINE_BYTES, parse_rows, read_rows, read_valid_rows},

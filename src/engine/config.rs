@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::model::{KvCache, ModelConfig};
+use crate::model::{KvCache, KvDtype, ModelConfig};
 
 /// Limits of the engine. Zeros are taken as ones.
 #[derive(Debug, Clone)]
@@ -25,6 +25,8 @@ pub struct EngineConfig {
     pub block_size: usize,
     /// Blocks of the cache.
     pub num_blocks: usize,
+    /// How the cache holds keys and values.
+    pub kv_dtype: KvDtype,
     /// Whether requests share what they have in common at their beginning.
     pub prefix_cache: bool,
 }
@@ -45,13 +47,23 @@ impl EngineConfig {
     /// Tokens of a step unless told otherwise.
     pub const DEFAULT_MAX_BATCH_TOKENS: usize = 512;
 
+    /// Defaults for a model whose cache, in f32, may take `memory_bytes`.
+    pub fn for_model(config: &ModelConfig, max_num_seqs: usize, memory_bytes: usize) -> Self {
+        Self::for_cache(config, max_num_seqs, memory_bytes, KvDtype::F32)
+    }
+
     /// Defaults for a model whose cache may take `memory_bytes`: as many blocks as fit, but no more
     /// than `max_num_seqs` sequences of full length could fill, and at least one.
-    pub fn for_model(config: &ModelConfig, max_num_seqs: usize, memory_bytes: usize) -> Self {
+    pub fn for_cache(
+        config: &ModelConfig,
+        max_num_seqs: usize,
+        memory_bytes: usize,
+        kv_dtype: KvDtype,
+    ) -> Self {
         let (max_num_seqs, block_size) = (max_num_seqs.max(1), Self::DEFAULT_BLOCK_SIZE);
         let blocks_per_sequence = config.max_position_embeddings.div_ceil(block_size).max(1);
         let useful = blocks_per_sequence.saturating_mul(max_num_seqs);
-        let affordable = memory_bytes / KvCache::block_bytes(config, block_size).max(1);
+        let affordable = memory_bytes / KvCache::block_bytes(config, kv_dtype).max(1);
         let num_blocks = affordable.clamp(1, useful);
         Self {
             max_num_seqs,
@@ -63,6 +75,7 @@ impl EngineConfig {
             max_batch_tokens: Self::DEFAULT_MAX_BATCH_TOKENS,
             block_size,
             num_blocks,
+            kv_dtype,
             prefix_cache: true,
         }
     }

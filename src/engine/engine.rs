@@ -14,22 +14,31 @@ use std::{
     time::Instant,
 };
 
+use candle_core::Tensor;
+
 use super::{
     EngineConfig, EngineStats, FinishReason, GenerationEvent,
     batch::Batch,
+    choose::{Chosen, Outcome, choose},
     pace::Pace,
     request::{Ending, Farewell, Request, Submission},
-    sampler::BadLogits,
-    scheduler::Scheduler,
-    score::{score_token, token_logprobs},
+    scheduler::{Scheduled, Scheduler},
     sequence::Sequence,
 };
-use crate::model::{Decoder, KvCache, ModelError, Step};
+use crate::model::{Decoder, KvCache, ModelError, Projection, Step};
+use crate::ops::{
+    profile::{self, Op},
+    storage::with_f32,
+};
 
 /// What the loop asks of a model.
 pub(super) trait StepModel: Send + 'static {
-    /// Logits of `step.logit_rows`, one row after the other: `[rows * vocab]`. Fills in the cache.
-    fn forward(&self, step: &Step<'_>) -> Result<Vec<f32>, ModelError>;
+    /// Logits of `step.logit_rows`, `[rows, vocab]`, f32; `None` where there are no such rows. Fills in the
+    /// cache.
+    fn forward(&self, step: &Step<'_>) -> Result<Option<Tensor>, ModelError>;
+
+    /// What attending to one more position adds to a row, as a part of the rest of the row.
+    fn position_cost(&self) -> f64;
 }
 
 /// The real one.
@@ -39,14 +48,23 @@ pub(super) struct CachedDecoder {
 }
 
 impl StepModel for CachedDecoder {
-    fn forward(&self, step: &Step<'_>) -> Result<Vec<f32>, ModelError> {
+    fn forward(&self, step: &Step<'_>) -> Result<Option<Tensor>, ModelError> {
         let step = Step { cache: Some(&self.cache), ..*step };
         if step.logit_rows.is_empty() {
             // Chunks in the middle of prompts: only the cache is wanted.
             self.decoder.hidden(&step)?;
-            return Ok(Vec::new());
+            return Ok(None);
         }
-        Ok(self.decoder.forward(&step)?.flatten_all()?.to_vec1()?)
+        Ok(Some(self.decoder.forward(&step)?))
+    }
+
+    fn position_cost(&self) -> f64 {
+        let config = self.decoder.config();
+        let projections = Projection::ALL.map(|projection| config.projection_shape(projection));
+        let weights: usize =
+            projections.into_iter().map(|(inputs, outputs)| inputs * outputs).sum();
+        // A weight and an element of a score or of a sum are one multiplication and one addition each.
+        (2 * config.num_heads * config.head_dim) as f64 / weights as f64
     }
 }
 
@@ -67,7 +85,8 @@ impl<M: StepModel> Engine<M> {
         submissions: mpsc::Receiver<Submission>,
         stats: Arc<EngineStats>,
     ) -> Self {
-        let (scheduler, pace) = (Scheduler::new(config), Pace::new(config.max_step));
+        let pace = Pace::new(config.max_step, model.position_cost());
+        let scheduler = Scheduler::new(config);
         Self { model, scheduler, submissions, counts_prefixes: config.prefix_cache, pace, stats }
     }
 
@@ -109,53 +128,71 @@ impl<M: StepModel> Engine<M> {
     }
 
     fn step(&mut self) -> Result<(), ModelError> {
+        let _step = profile::time(Op::Step);
         // 1. Who runs.
-        let plan = self.scheduler.schedule(self.pace.max_rows());
+        let scheduling = profile::time(Op::Scheduling);
+        let running = self.scheduler.running().iter();
+        let running = running.map(|s| (s.num_remaining_tokens(), s.num_cached_tokens()));
+        let plan = self.scheduler.schedule(self.pace.max_rows(running));
         self.publish();
         if plan.is_empty() {
             return Ok(());
         }
         let now = Instant::now();
-        for part in &plan {
-            let sequence = &mut self.scheduler.running_mut()[part.index];
-            if sequence.request.started.is_none() {
-                sequence.request.started = Some(now);
-                sequence.request.queue_room = None;
-                let num_tokens = sequence.num_prompt_tokens() as u64;
-                let num_cached_tokens = sequence.num_cached_tokens();
-                sequence.request.cached_tokens.store(num_cached_tokens, Relaxed);
-                self.stats.prompt_tokens.fetch_add(num_tokens, Relaxed);
-                if self.counts_prefixes {
-                    self.stats.prefix_queries.fetch_add(num_tokens, Relaxed);
-                    self.stats.prefix_hits.fetch_add(num_cached_tokens as u64, Relaxed);
-                }
-            }
-        }
-        // 2. One forward pass.
+        self.note_started(&plan, now);
         let batch = Batch::new(&plan, self.scheduler.running());
+        drop(scheduling);
+        // 2. One forward pass.
         let step = batch.step();
-        let (logits, num_rows) = (self.model.forward(&step)?, step.logit_rows.len());
-        self.pace.observe(step.tokens.len(), now.elapsed());
+        let load = self.pace.load(&step);
+        let logits = self.model.forward(&step)?;
+        drop(batch);
         self.stats.steps.fetch_add(1, Relaxed);
         // 3. Each sequence reads its rows.
-        let vocab_size = (logits.len() / num_rows.max(1)).max(1);
-        let mut rows = logits.chunks_exact(vocab_size);
-        for part in &plan {
+        let sampling = profile::time(Op::Sampling);
+        let running = self.scheduler.running_mut();
+        let outcomes = match &logits {
+            None => choose(&plan, running, &[], 1),
+            Some(logits) => {
+                let vocab_size = logits.dims2()?.1;
+                let read = |logits: &[f32]| Ok(choose(&plan, running, logits, vocab_size));
+                with_f32(logits, "sampling", read)?
+            }
+        };
+        drop(sampling);
+        for (part, outcome) in plan.iter().zip(outcomes) {
             let sequence = &mut self.scheduler.running_mut()[part.index];
-            let num_rows = sequence.logit_positions(part.num_tokens).len();
-            let rows: Vec<&[f32]> = rows.by_ref().take(num_rows).collect();
-            let before = sequence.num_generated_tokens();
-            sequence.request.ending = match advance(sequence, part.num_tokens, &rows, &self.stats) {
+            let reason = outcome.map(|outcome| advance(sequence, *part, outcome, &self.stats));
+            sequence.request.ending = match reason {
                 Ok(reason) => reason.map(Ending::Finished),
                 Err(error) => Some(Ending::Failed(error.to_string())),
             };
-            let generated = (sequence.num_generated_tokens() - before) as u64;
-            self.stats.generation_tokens.fetch_add(generated, Relaxed);
         }
+        self.pace.observe(load, now.elapsed());
         // 4. Those that are done leave.
         let ended = self.scheduler.remove(|sequence| sequence.request.ending.is_some());
         self.end(ended, |request| request.ending.take());
         Ok(())
+    }
+
+    /// Those that have their first rows in this step have waited until `now`.
+    fn note_started(&mut self, plan: &[Scheduled], now: Instant) {
+        for part in plan {
+            let sequence = &mut self.scheduler.running_mut()[part.index];
+            if sequence.request.started.is_some() {
+                continue;
+            }
+            sequence.request.started = Some(now);
+            sequence.request.queue_room = None;
+            let num_tokens = sequence.num_prompt_tokens() as u64;
+            let num_cached_tokens = sequence.num_cached_tokens();
+            sequence.request.cached_tokens.store(num_cached_tokens, Relaxed);
+            self.stats.prompt_tokens.fetch_add(num_tokens, Relaxed);
+            if self.counts_prefixes {
+                self.stats.prefix_queries.fetch_add(num_tokens, Relaxed);
+                self.stats.prefix_hits.fetch_add(num_cached_tokens as u64, Relaxed);
+            }
+        }
     }
 
     fn fail_running(&mut self, error: &ModelError) {
@@ -214,59 +251,42 @@ impl<M: StepModel> Engine<M> {
     }
 }
 
-/// The step over the next `num_tokens` of `sequence` returned `rows`, one a logit position: scores,
-/// samples and tells. `Some` when the sequence is done.
+/// The step over `part` of `sequence` is done, with this `outcome`: keeps it and tells it. `Some` when the
+/// sequence is done.
 fn advance(
     sequence: &mut Sequence<Request>,
-    num_tokens: usize,
-    rows: &[&[f32]],
+    part: Scheduled,
+    outcome: Outcome,
     stats: &EngineStats,
-) -> Result<Option<FinishReason>, BadLogits> {
-    let samples = sequence.samples_after(num_tokens);
-    let positions = sequence.logit_positions(num_tokens);
-    let num_sample_rows = if samples { 1 + sequence.drafts().len() } else { 0 };
-    sequence.advance(num_tokens);
-    let (score_rows, sample_rows) = rows.split_at(rows.len() - num_sample_rows);
-    for (position, row) in positions.zip(score_rows) {
-        let score = score_token(row, sequence.tokens()[position + 1]).ok_or(BadLogits)?;
-        sequence.push_score(score);
-    }
+) -> Option<FinishReason> {
+    sequence.advance(part.num_tokens);
+    outcome.scores.into_iter().for_each(|score| sequence.push_score(score));
     if let Some(scores) = sequence.take_complete_scores() {
         sequence.request.send(GenerationEvent::PromptScores(scores));
     }
-    if sample_rows.is_empty() {
+    let num_tokens = outcome.tokens.len();
+    if num_tokens == 0 {
         let is_done = sequence.num_remaining_tokens() == 0; // Nothing but scores was wanted.
-        return Ok(is_done.then_some(FinishReason::Length));
+        return is_done.then_some(FinishReason::Length);
     }
-    let mut num_right = 0;
-    let reason = loop {
-        let (id, reason) = sample(sequence, sample_rows[num_right])?;
-        if reason.is_some() || sequence.drafts().get(num_right) != Some(&id) {
-            break reason;
+    let mut is_stop = false;
+    for (place, Chosen { id, logprobs }) in outcome.tokens.into_iter().enumerate() {
+        if place > 0 {
+            // The token before was guessed right, so this step has run it already.
+            sequence.advance(1);
         }
-        // Guessed right: this step has run it already, and the next row says what follows.
-        sequence.advance(1);
-        num_right += 1;
-    };
+        sequence.push(id);
+        sequence.request.first_token.get_or_insert_with(Instant::now);
+        sequence.request.send(GenerationEvent::Token { id, logprobs });
+        is_stop = sequence.request.stop_token_ids.contains(&id);
+    }
+    let num_right = num_tokens - 1;
     stats.draft_tokens.fetch_add(sequence.drafts().len() as u64, Relaxed);
     stats.accepted_tokens.fetch_add(num_right as u64, Relaxed);
+    stats.generation_tokens.fetch_add(num_tokens as u64, Relaxed);
     sequence.end_drafts(num_right);
-    Ok(reason)
-}
-
-/// Chooses the next token from `row` and tells it; with the reason, if it is the last one.
-fn sample(
-    sequence: &mut Sequence<Request>,
-    row: &[f32],
-) -> Result<(u32, Option<FinishReason>), BadLogits> {
-    let id = sequence.request.sampler.sample(row)?;
-    let logprobs = sequence.request.logprobs.and_then(|top| token_logprobs(row, id, top));
-    sequence.push(id);
-    sequence.request.first_token.get_or_insert_with(Instant::now);
-    sequence.request.send(GenerationEvent::Token { id, logprobs: logprobs.map(Box::new) });
-    let is_stop = sequence.request.stop_token_ids.contains(&id);
     let is_full = sequence.is_complete().then_some(FinishReason::Length);
-    Ok((id, if is_stop { Some(FinishReason::Stop) } else { is_full }))
+    if is_stop { Some(FinishReason::Stop) } else { is_full }
 }
 
 fn adapter_names<'a>(sequences: impl Iterator<Item = &'a Sequence<Request>>) -> Vec<&'a str> {

@@ -89,11 +89,10 @@ pub fn spawn(decoder: Arc<Decoder>, mut config: EngineConfig) -> Result<EngineHa
     config.max_model_len = config.max_model_len.min(decoder.config().max_position_embeddings);
     let config = config.at_least_one();
     let vocab_size = decoder.config().vocab_size;
-    let cache = KvCache::new(decoder.config(), config.num_blocks, config.block_size)
+    let (blocks, size) = (config.num_blocks, config.block_size);
+    let cache = KvCache::with_dtype(decoder.config(), blocks, size, config.kv_dtype)
         .map_err(|error| EngineError::Start(error.to_string()))?;
-    // Hashing the weights takes a moment, so only where the hash is of use.
-    let fingerprint =
-        if config.prefix_cache { decoder.fingerprint().to_owned() } else { String::new() };
+    let fingerprint = decoder.quick_fingerprint();
     start(CachedDecoder { decoder, cache }, vocab_size, fingerprint, config)
 }
 

@@ -14,12 +14,15 @@ use crate::adapters::AdapterVersion;
 
 mod batch;
 mod blocks;
+mod candidates;
+mod choose;
 mod config;
 mod draft;
 #[allow(clippy::module_inception)] // The loop; the floor is named after it.
 mod engine;
 mod handle;
 mod pace;
+pub mod parity;
 mod penalties;
 mod prefix;
 mod request;
@@ -27,13 +30,14 @@ mod sampler;
 mod scheduler;
 mod score;
 mod sequence;
+mod softmax;
 mod stats;
 mod waiting;
 
 pub use self::{
     config::EngineConfig,
     handle::{EngineHandle, GenerationStream, spawn},
-    sampler::SamplingParams,
+    sampler::{BadLogits, Sampler, SamplingParams},
     score::{TokenLogprobs, TokenScore},
     stats::{AdapterNames, EngineStats},
 };
@@ -77,6 +81,9 @@ pub enum EngineError {
     /// A prompt token that the model has no embedding for.
     #[error("token id {0} is outside the vocabulary")]
     UnknownToken(u32),
+    /// A request that was taken ended early, in the engine's own words.
+    #[error("the engine broke the request off: {0}")]
+    Failed(String),
     /// The cache or the thread cannot be made.
     #[error("the engine cannot start: {0}")]
     Start(String),

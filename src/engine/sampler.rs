@@ -6,14 +6,17 @@
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::{penalties::Penalties, score::arg_max};
+use super::{
+    candidates::{Candidate, greatest, keep_nucleus, nucleus},
+    penalties::Penalties,
+    score::arg_max,
+    softmax::{CHUNK, exponentials, sum},
+};
 
 /// Below this temperature the choice is greedy: the division would only produce infinities.
 const MIN_TEMPERATURE: f32 = 1e-5;
 /// Logarithm of the least weight that f32 can tell from 0.
 const LEAST_LOG_WEIGHT: f32 = -103.0;
-/// Size of the first guess at the nucleus (`top_p`); it grows fourfold until it is large enough.
-const FIRST_NUCLEUS: usize = 64;
 
 /// How the next token is chosen.
 #[derive(Debug, Clone, PartialEq)]
@@ -58,36 +61,43 @@ impl SamplingParams {
 /// A row of logits that nothing can be chosen from.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the logits hold a NaN or no finite maximum")]
-pub(super) struct BadLogits;
+pub struct BadLogits;
 
 /// Draws the tokens of one sequence.
 #[derive(Debug)]
-pub(super) struct Sampler {
+pub struct Sampler {
     params: SamplingParams,
     penalties: Option<Penalties>,
     rng: ChaCha8Rng,
+    /// Weight of each token of the vocabulary; kept for its memory.
+    weights: Vec<f32>,
+    /// Sums of `weights`, chunk by chunk; kept for its memory.
+    sums: Vec<f64>,
     /// Kept for its memory.
     candidates: Vec<Candidate>,
 }
 
-/// A token that may still be drawn.
-#[derive(Debug, Clone, Copy)]
-struct Candidate {
-    /// Its logit at first; then its probability up to a factor.
-    weight: f32,
-    id: u32,
-}
-
 impl Sampler {
-    pub(super) fn new(params: SamplingParams, prompt: &[u32]) -> Self {
+    /// The sampler of an answer to `prompt`, whose tokens some penalties look at.
+    #[must_use]
+    pub fn new(params: SamplingParams, prompt: &[u32]) -> Self {
         let rng = ChaCha8Rng::seed_from_u64(params.seed);
         let penalties = Penalties::new(&params, prompt);
-        Self { params, penalties, rng, candidates: Vec::new() }
+        let (weights, sums, candidates) = (Vec::new(), Vec::new(), Vec::new());
+        Self { params, penalties, rng, weights, sums, candidates }
+    }
+
+    /// Whether a choice is more than a look for the greatest logit.
+    pub(super) fn is_costly(&self) -> bool {
+        self.params.temperature >= MIN_TEMPERATURE || self.penalties.is_some()
     }
 
     /// The next token given `logits` (`[vocab]`). Bias and penalties, then temperature, then `min_p`, then
     /// `top_k`, then `top_p` over what is left, as vLLM does it.
-    pub(super) fn sample(&mut self, logits: &[f32]) -> Result<u32, BadLogits> {
+    ///
+    /// # Errors
+    /// A NaN among the logits, or no finite maximum.
+    pub fn sample(&mut self, logits: &[f32]) -> Result<u32, BadLogits> {
         let Some(mut penalties) = self.penalties.take() else { return self.choose(logits) };
         let chosen = self.choose(penalties.apply(logits));
         if let Ok(id) = chosen {
@@ -99,80 +109,86 @@ impl Sampler {
 
     fn choose(&mut self, logits: &[f32]) -> Result<u32, BadLogits> {
         let best = arg_max(logits).ok_or(BadLogits)?;
-        if self.params.temperature < MIN_TEMPERATURE {
+        let SamplingParams { temperature, top_p, top_k, min_p, .. } = self.params;
+        if temperature < MIN_TEMPERATURE {
             return Ok(best as u32);
         }
-        let mut candidates = std::mem::take(&mut self.candidates);
-        self.weigh(logits, logits[best], &mut candidates);
-        keep_top_p(&mut candidates, self.params.top_p);
-        let id = self.draw(&candidates);
-        self.candidates = candidates;
-        Ok(id)
+        let max = logits[best];
+        // What `min_p` leaves, and what is not 0: compared before it is exponentiated.
+        let floor = max + temperature * min_p.min(1.0).ln().max(LEAST_LOG_WEIGHT);
+        if top_k == 0 || top_k >= logits.len() {
+            let total = self.weigh(logits, max, floor);
+            if top_p >= 1.0 {
+                return Ok(self.draw_from_all(total));
+            }
+            nucleus(&self.weights, total, top_p, &mut self.candidates);
+        } else {
+            greatest(logits, floor, top_k, &mut self.candidates);
+            for candidate in &mut self.candidates {
+                candidate.weight = ((candidate.weight - max) / temperature).exp();
+            }
+            if top_p < 1.0 {
+                let total = total(&self.candidates);
+                keep_nucleus(&mut self.candidates, f64::from(top_p) * total);
+            }
+        }
+        Ok(self.draw())
     }
 
-    /// The tokens that `min_p` and `top_k` leave, with weights relative to the most likely one, whose
-    /// weight is 1. Both filters compare logits, so that only what they leave is exponentiated.
-    fn weigh(&self, logits: &[f32], max: f32, candidates: &mut Vec<Candidate>) {
-        let SamplingParams { temperature, top_k, min_p, .. } = self.params;
-        let least = min_p.min(1.0).ln().max(LEAST_LOG_WEIGHT);
-        let floor = max + temperature * least;
-        let tokens = logits.iter().zip(0..).filter(|(logit, _)| **logit >= floor);
-        candidates.clear();
-        candidates.extend(tokens.map(|(&weight, id)| Candidate { weight, id }));
-        if top_k > 0 && top_k < candidates.len() {
-            candidates.select_nth_unstable_by(top_k - 1, by_weight);
-            candidates.truncate(top_k);
+    /// Weighs every token relative to the most likely one, whose weight is 1; those below `floor` weigh
+    /// nothing. Returns the sum.
+    fn weigh(&mut self, logits: &[f32], max: f32, floor: f32) -> f64 {
+        self.weights.resize(logits.len(), 0.0);
+        self.sums.clear();
+        for (logits, weights) in logits.chunks(CHUNK).zip(self.weights.chunks_mut(CHUNK)) {
+            exponentials(logits, max, self.params.temperature, weights);
+            for (weight, &logit) in weights.iter_mut().zip(logits) {
+                *weight = if logit < floor { 0.0 } else { *weight };
+            }
+            self.sums.push(sum(weights));
         }
-        for candidate in candidates {
-            candidate.weight = ((candidate.weight - max) / temperature).exp();
-        }
+        self.sums.iter().sum()
     }
 
-    fn draw(&mut self, candidates: &[Candidate]) -> u32 {
-        let total: f64 = candidates.iter().map(|candidate| f64::from(candidate.weight)).sum();
+    /// Draws among all tokens, in the order of their ids.
+    fn draw_from_all(&mut self, total: f64) -> u32 {
         let mut left = self.rng.random::<f64>() * total;
-        for candidate in candidates {
+        let mut last = 0;
+        for (chunk, (weights, &sum)) in self.weights.chunks(CHUNK).zip(&self.sums).enumerate() {
+            if left >= sum && chunk + 1 < self.sums.len() {
+                left -= sum;
+                continue;
+            }
+            for (place, &weight) in weights.iter().enumerate() {
+                left -= f64::from(weight);
+                if weight > 0.0 {
+                    last = chunk * CHUNK + place;
+                }
+                if left < 0.0 {
+                    return last as u32;
+                }
+            }
+        }
+        // Rounding has left a crumb.
+        let is_possible = |weight: &f32| *weight > 0.0;
+        self.weights.iter().rposition(is_possible).unwrap_or(last) as u32
+    }
+
+    fn draw(&mut self) -> u32 {
+        let mut left = self.rng.random::<f64>() * total(&self.candidates);
+        for candidate in &self.candidates {
             left -= f64::from(candidate.weight);
             if left < 0.0 {
                 return candidate.id;
             }
         }
-        // Rounding can leave a crumb; the most likely token has weight 1 and is always there.
-        candidates.last().expect("the arg max is always a candidate").id
+        // Rounding can leave a crumb.
+        self.candidates.last().expect("the arg max is always a candidate").id
     }
 }
 
-/// Heavier first, then by id, so that the order is total and no sort has to be stable.
-fn by_weight(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
-    b.weight.total_cmp(&a.weight).then(a.id.cmp(&b.id))
-}
-
-/// Keeps the shortest prefix, in order of weight, that reaches `top_p` of the whole; at least one.
-fn keep_top_p(candidates: &mut Vec<Candidate>, top_p: f32) {
-    if top_p >= 1.0 {
-        return;
-    }
-    let total: f64 = candidates.iter().map(|candidate| f64::from(candidate.weight)).sum();
-    let wanted = f64::from(top_p) * total;
-    let mut size = FIRST_NUCLEUS.min(candidates.len());
-    loop {
-        // The nucleus is small as a rule: sort the heaviest `size` only, not the vocabulary.
-        if size < candidates.len() {
-            candidates.select_nth_unstable_by(size - 1, by_weight);
-        }
-        let head = &mut candidates[..size];
-        head.sort_unstable_by(by_weight);
-        let mut reached = 0.0;
-        let crosses = head.iter().position(|candidate| {
-            reached += f64::from(candidate.weight);
-            reached >= wanted
-        });
-        match crosses {
-            Some(last) => return candidates.truncate(last + 1),
-            None if size == candidates.len() => return,
-            None => size = (size * 4).min(candidates.len()),
-        }
-    }
+fn total(candidates: &[Candidate]) -> f64 {
+    candidates.iter().map(|candidate| f64::from(candidate.weight)).sum()
 }
 
 #[cfg(test)]
@@ -294,6 +310,67 @@ mod tests {
         let mut sampler = Sampler::new(params, &[]);
         let chosen: Vec<u32> = (0..4).map(|_| sampler.sample(&[0.0, 2.0, 1.0]).unwrap()).collect();
         assert_eq!(chosen, [1, 2, 1, 1]);
+    }
+
+    /// Logits that look like a model's: many small ones, few large ones, and ties.
+    fn model_logits(vocab: usize, row: usize) -> Vec<f32> {
+        let noise = |i: usize| ((i + 31 * row).wrapping_mul(2_654_435_761) >> 9 & 0x3FF) as f32;
+        (0..vocab)
+            .map(|i| (noise(i) / 102.4).floor() + (noise(i * 7 + 3) / 350.0).powi(3))
+            .collect()
+    }
+
+    /// Sums up 40 draws, so that one other token shows.
+    fn digest(params: &SamplingParams, vocab: usize) -> u64 {
+        let mut sampler = Sampler::new(params.clone(), &[5, 6, 7]);
+        (0..40).fold(7u64, |sum, row| {
+            let id = sampler.sample(&model_logits(vocab, row)).unwrap();
+            sum.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(u64::from(id) + 1)
+        })
+    }
+
+    #[test]
+    fn seeds_draw_the_tokens_that_they_always_drew() {
+        let p = |temperature, top_p, top_k, min_p, presence_penalty, seed| SamplingParams {
+            temperature,
+            top_p,
+            top_k,
+            min_p,
+            presence_penalty,
+            seed,
+            ..SamplingParams::greedy()
+        };
+        let rows = [
+            p(0.0, 1.0, 0, 0.0, 0.0, 1),
+            p(0.0, 1.0, 0, 0.0, 2.0, 1),
+            p(1.0, 1.0, 0, 0.0, 0.0, 2),
+            p(0.7, 1.0, 0, 0.0, 0.5, 3),
+            p(1.0, 0.9, 0, 0.0, 0.0, 4),
+            p(0.6, 0.5, 0, 0.0, 0.0, 5),
+            p(1.5, 0.99, 0, 0.0, 0.0, 6),
+            p(0.8, 0.95, 20, 0.0, 0.0, 7),
+            p(1.0, 0.8, 200, 0.02, 0.3, 8),
+            p(1.0, 1.0, 0, 0.05, 0.0, 9),
+            p(1.3, 0.9, 0, 0.1, 0.0, 10),
+            p(1.0, 1.0, 1, 0.0, 0.0, 11),
+        ];
+        let digests: Vec<[u64; 2]> =
+            rows.iter().map(|params| [digest(params, 500), digest(params, 20_000)]).collect();
+        let expected = vec![
+            [9_280_158_450_564_848_735, 18_076_350_961_645_104_918],
+            [13_410_703_185_859_948_382, 18_076_350_961_645_104_918],
+            [750_484_614_480_135_342, 4_253_308_594_054_407_955],
+            [2_463_935_175_402_789_204, 4_070_655_302_724_247_147],
+            [4_851_700_229_718_256_105, 17_428_661_003_530_325_891],
+            [16_121_083_257_820_685_704, 17_549_084_752_237_711_882],
+            [184_472_981_350_350_767, 11_161_213_902_472_534_452],
+            [248_941_159_618_597_924, 2_836_209_908_935_977_732],
+            [16_081_764_466_269_783_880, 350_847_007_681_222_449],
+            [7_328_479_572_159_395_849, 10_848_601_232_408_091_978],
+            [18_303_273_231_219_109_601, 15_730_169_238_375_720_466],
+            [9_280_158_450_564_848_735, 18_076_350_961_645_104_918],
+        ];
+        assert_eq!(digests, expected);
     }
 
     #[test]

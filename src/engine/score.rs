@@ -1,5 +1,7 @@
 //! Teacher forcing: how likely a known next token was.
 
+use super::{candidates::greatest, softmax::log_sum_exp};
+
 /// Logits that are looked at together.
 const LANES: usize = 16;
 
@@ -46,31 +48,19 @@ pub(super) fn arg_max(logits: &[f32]) -> Option<usize> {
 pub(super) fn score_token(logits: &[f32], token: u32) -> Option<TokenScore> {
     let best = arg_max(logits)?;
     let token = token as usize;
-    let logprob = f64::from(*logits.get(token)?) - log_sum_exp(logits, best);
+    let logprob = f64::from(*logits.get(token)?) - log_sum_exp(logits, logits[best]);
     Some(TokenScore { logprob: logprob as f32, is_argmax: token == best })
 }
 
 /// The same for a token that was generated, beside the `num_top` most likely ones; the lower id comes
 /// first on ties.
 pub(super) fn token_logprobs(logits: &[f32], token: u32, num_top: usize) -> Option<TokenLogprobs> {
-    let sum = log_sum_exp(logits, arg_max(logits)?);
+    let sum = log_sum_exp(logits, logits[arg_max(logits)?]);
     let logprob = |logit: f32| (f64::from(logit) - sum) as f32;
-    let mut tokens: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
-    let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-    if num_top > 0 && num_top < tokens.len() {
-        tokens.select_nth_unstable_by(num_top - 1, order);
-    }
-    tokens.truncate(num_top);
-    tokens.sort_unstable_by(order);
-    tokens.iter_mut().for_each(|(_, logit)| *logit = logprob(*logit));
-    Some(TokenLogprobs { logprob: logprob(*logits.get(token as usize)?), top: tokens })
-}
-
-/// Summed in f64, in index order; `best` is the arg max.
-fn log_sum_exp(logits: &[f32], best: usize) -> f64 {
-    let max = f64::from(logits[best]);
-    let sum: f64 = logits.iter().map(|&logit| (f64::from(logit) - max).exp()).sum();
-    max + sum.ln()
+    let mut top = Vec::new();
+    greatest(logits, f32::NEG_INFINITY, num_top, &mut top);
+    let top = top.into_iter().map(|token| (token.id, logprob(token.weight))).collect();
+    Some(TokenLogprobs { logprob: logprob(*logits.get(token as usize)?), top })
 }
 
 #[cfg(test)]

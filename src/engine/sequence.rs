@@ -109,6 +109,11 @@ impl<R> Sequence<R> {
         self.tokens.len() - self.num_cached_tokens
     }
 
+    /// Tokens that are still to be generated, at most.
+    pub(super) fn num_missing_tokens(&self) -> usize {
+        self.max_tokens.saturating_sub(self.num_generated_tokens())
+    }
+
     /// Whether `max_tokens` are generated.
     pub(super) fn is_complete(&self) -> bool {
         self.num_generated_tokens() >= self.max_tokens

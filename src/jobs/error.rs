@@ -8,6 +8,7 @@ use std::{
 use super::StoreError;
 use crate::adapters::AdapterError;
 use crate::eval::grader::Invalid;
+use crate::publish::DiskError;
 
 /// An error of the fine-tuning service. The first kinds are the client's to mend.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +83,12 @@ impl JobsError {
             return Self::NoSpace("the disk is full".to_owned());
         }
         Self::File { path: path.into(), source }
+    }
+}
+
+impl From<DiskError> for JobsError {
+    fn from(error: DiskError) -> Self {
+        Self::file(error.path, error.cause)
     }
 }
 

@@ -21,6 +21,7 @@ mod files;
 mod grading;
 mod hyperparameters;
 mod ids;
+mod metadata;
 mod models;
 mod parity;
 mod publish;
@@ -42,13 +43,14 @@ pub use self::{
     error::JobsError,
     evals::{
         Counts, CriterionCounts, CriterionResult, Eval, EvalOutput, EvalRun, EvalSource,
-        ModelUsage, NewEval, NewRun, Outcome, RunStatus, SourceRow, valid_metadata,
+        ModelUsage, NewEval, NewRun, Outcome, RunStatus, SourceRow,
     },
     evaluation::{Evaluation, evaluate},
     files::{MAX_FILE_BYTES, NewFile},
     grading::{RunGrader, check_graders},
     hyperparameters::base_learning_rate,
     ids::{new_id, unix_seconds},
+    metadata::valid_metadata,
     models::{Model, azure_model_name},
     records::{
         Alias, Auto, Checkpoint, EventLevel, FileRecord, Gate, Hyperparameters, Job, JobError,

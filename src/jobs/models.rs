@@ -172,7 +172,9 @@ impl Service {
             let not_found =
                 || JobsError::NotFound { what: "model", id: id.to_owned(), param: "model" };
             let record = tx.get::<ModelRecord>(id)?.ok_or_else(not_found)?;
-            refuse_if_needed(tx, &record)?;
+            if let Some(message) = tx.need_of(&record)? {
+                return Err(JobsError::Conflict(message));
+            }
             tx.delete::<ModelRecord>(id)?;
             if record.is_checkpoint {
                 for checkpoint in tx.all::<Checkpoint>(&record.job_id)? {
@@ -224,7 +226,7 @@ impl Service {
     }
 
     /// A folder that cannot be removed costs room and nothing else; the next start tries again.
-    fn remove_model_dir(&self, relative: &str) {
+    pub(super) fn remove_model_dir(&self, relative: &str) {
         let path = self.path(relative);
         if let Err(error) = fs::remove_dir_all(&path)
             && error.kind() != std::io::ErrorKind::NotFound
@@ -234,22 +236,20 @@ impl Service {
     }
 }
 
-fn refuse_if_needed(tx: &Transaction<'_>, record: &ModelRecord) -> Result<(), JobsError> {
-    let id = &record.id;
-    let aliases = tx.all::<Alias>("")?;
-    if let Some(alias) = aliases.iter().find(|alias| alias.model == *id) {
-        let name = &alias.name;
-        return Err(JobsError::Conflict(format!(
-            "the model `{id}` is deployed as `{name}`; delete that deployment or point it elsewhere \
-             first"
-        )));
-    }
-    match unfinished_child(tx, id)? {
-        Some(job) => {
-            let message = format!("the model `{id}` is what the job {job} starts from");
-            Err(JobsError::Conflict(message))
+impl Transaction<'_> {
+    /// What would miss the model if it were gone, in words: an alias, or an unfinished job.
+    pub(super) fn need_of(&self, record: &ModelRecord) -> Result<Option<String>, StoreError> {
+        let id = &record.id;
+        let aliases = self.all::<Alias>("")?;
+        if let Some(alias) = aliases.iter().find(|alias| alias.model == *id) {
+            let name = &alias.name;
+            return Ok(Some(format!(
+                "the model `{id}` is deployed as `{name}`; delete that deployment or point it \
+                 elsewhere first"
+            )));
         }
-        None => Ok(()),
+        let child = unfinished_child(self, id)?;
+        Ok(child.map(|job| format!("the model `{id}` is what the job {job} starts from")))
     }
 }
 

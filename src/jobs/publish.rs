@@ -50,7 +50,7 @@ pub(super) fn publish(service: &Service, id: &str, dir: &Path) -> Result<(), Pub
     let mut events = Vec::new();
     match parity::compare(service, &version, dir) {
         _ if service.is_stopping() => return Err(PublishError::Stopping),
-        Ok(Some(parity)) if parity.max_difference > parity::TOLERANCE => {
+        Ok(Some(parity)) if !parity.is_close() => {
             return Err(PublishError::Parity(parity.max_difference));
         }
         Ok(Some(parity)) => events.push((

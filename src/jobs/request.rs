@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::{
     Auto, EventLevel, Gate, Hyperparameters, Job, JobStatus, JobsError, Method, ModelRecord,
-    Service, Transaction, new_id, unix_seconds,
+    Service, Transaction, metadata::check_metadata, new_id, unix_seconds,
 };
 use crate::eval::graders;
 
@@ -17,11 +17,6 @@ const TRAINING_PURPOSE: &str = "fine-tune";
 const MAX_SUFFIX_CHARS: usize = 64;
 /// Seeds are below.
 const SEED_LIMIT: u64 = 1 << 31;
-const MAX_METADATA_PAIRS: usize = 16;
-/// In characters.
-const MAX_METADATA_KEY: usize = 64;
-/// In characters.
-const MAX_METADATA_VALUE: usize = 512;
 
 /// What a client asks for. The shapes are right; whether the values are is looked at here.
 #[derive(Debug, Clone, PartialEq)]
@@ -59,7 +54,7 @@ impl Service {
     /// `Invalid` with the field that cannot be used; nothing has been stored.
     pub fn create_job(&self, request: JobRequest) -> Result<Job, JobsError> {
         check_suffix(request.suffix.as_deref())?;
-        check_metadata(request.metadata.as_ref())?;
+        request.metadata.as_ref().map_or(Ok(()), check_metadata)?;
         if let Some(seed) = request.seed
             && seed >= SEED_LIMIT
         {
@@ -233,29 +228,4 @@ fn check_suffix(suffix: Option<&str>) -> Result<(), JobsError> {
          {suffix:?}"
     );
     Err(JobsError::invalid("suffix", message))
-}
-
-fn check_metadata(metadata: Option<&BTreeMap<String, String>>) -> Result<(), JobsError> {
-    let Some(metadata) = metadata else { return Ok(()) };
-    let invalid = |message: String| Err(JobsError::invalid("metadata", message));
-    if metadata.len() > MAX_METADATA_PAIRS {
-        let count = metadata.len();
-        return invalid(format!("`metadata` has {count} pairs, at most {MAX_METADATA_PAIRS} fit"));
-    }
-    for (key, value) in metadata {
-        let key_chars = key.chars().count();
-        if !(1..=MAX_METADATA_KEY).contains(&key_chars) {
-            return invalid(format!(
-                "a key of `metadata` has {key_chars} characters: 1 to {MAX_METADATA_KEY} are allowed"
-            ));
-        }
-        let value_chars = value.chars().count();
-        if value_chars > MAX_METADATA_VALUE {
-            return invalid(format!(
-                "`metadata.{key}` has {value_chars} characters: at most {MAX_METADATA_VALUE} are \
-                 allowed"
-            ));
-        }
-    }
-    Ok(())
 }

@@ -57,7 +57,11 @@ impl Record for Delivery {
 
 /// Whether the receivers can be used.
 pub(super) fn check(webhooks: &[Webhook]) -> Result<(), JobsError> {
-    for webhook in webhooks {
+    for (number, webhook) in webhooks.iter().enumerate() {
+        if webhooks[..number].iter().any(|other| other.url == webhook.url) {
+            let message = format!("the receiver {} is named twice", webhook.url);
+            return Err(JobsError::invalid("webhook", message));
+        }
         if webhook.secret.as_ref().is_some_and(|secret| signing_key(secret).is_none()) {
             let message = format!("the secret of {} is not `whsec_` and base64", webhook.url);
             return Err(JobsError::invalid("webhook", message));
@@ -104,8 +108,40 @@ fn delivery(url: &str, event_id: &str, job: &Job) -> Option<Delivery> {
     })
 }
 
-/// Delivers, until the service stops.
+/// Delivers, until the service stops. Each receiver has a thread of its own, so that one that is slow
+/// keeps nobody else waiting.
 pub(super) fn run(service: &Service) {
+    if let Err(error) = forget_unnamed(service) {
+        tracing::warn!("webhooks: {error}");
+    }
+    let webhooks = &service.config.webhooks;
+    std::thread::scope(|scope| {
+        for webhook in webhooks {
+            let thread = std::thread::Builder::new().name("webhook".to_owned());
+            if let Err(error) = thread.spawn_scoped(scope, || deliver_to(service, webhook)) {
+                tracing::error!(
+                    "{} is told of nothing: no thread can be had: {error}",
+                    webhook.url
+                );
+            }
+        }
+    });
+}
+
+/// Drops what was meant for receivers that the operator no longer names.
+fn forget_unnamed(service: &Service) -> Result<(), JobsError> {
+    let is_named = |url: &str| service.config.webhooks.iter().any(|webhook| webhook.url == url);
+    for delivery in service.store.all::<Delivery>("")? {
+        if !is_named(&delivery.url) {
+            tracing::info!("{} is no longer told of {}", delivery.url, delivery.job_id);
+            service.store.write(|tx| tx.delete::<Delivery>(&delivery.id))?;
+        }
+    }
+    Ok(())
+}
+
+/// Delivers to one receiver, until the service stops.
+fn deliver_to(service: &Service, webhook: &Webhook) {
     let agent: Agent = Agent::config_builder()
         .timeout_global(Some(TIMEOUT))
         // A receiver that moves is the operator's to name.
@@ -116,7 +152,7 @@ pub(super) fn run(service: &Service) {
         .into();
     let mut heard = 0;
     while !service.is_stopping() {
-        let wait = pass(service, &agent).unwrap_or_else(|error| {
+        let wait = pass(service, &agent, webhook).unwrap_or_else(|error| {
             tracing::warn!("webhooks: {error}");
             INTERVAL
         });
@@ -125,17 +161,18 @@ pub(super) fn run(service: &Service) {
 }
 
 /// Tries what is due; how long nothing else will be.
-fn pass(service: &Service, agent: &Agent) -> Result<Duration, JobsError> {
-    let deliveries = service.store.list(&everything(), |_: &Delivery| true)?.records;
+fn pass(service: &Service, agent: &Agent, webhook: &Webhook) -> Result<Duration, JobsError> {
+    let is_meant = |delivery: &Delivery| delivery.url == webhook.url;
+    let deliveries = service.store.list(&everything(), is_meant)?.records;
     let now = unix_seconds();
     for due in deliveries.into_iter().filter(|delivery| delivery.next_at <= now) {
         if service.is_stopping() {
             break;
         }
-        let result = attempt(service, agent, &due);
+        let result = attempt(agent, webhook, &due);
         settle(service, due, &result)?;
     }
-    let left = service.store.list(&everything(), |_: &Delivery| true)?.records;
+    let left = service.store.list(&everything(), is_meant)?.records;
     let next = left.iter().map(|delivery| delivery.next_at).min();
     let wait = next.map_or(INTERVAL, |at| Duration::from_secs(at.saturating_sub(unix_seconds())));
     Ok(wait.clamp(Duration::from_millis(100), INTERVAL))
@@ -172,12 +209,7 @@ fn settle(
     })
 }
 
-fn attempt(service: &Service, agent: &Agent, delivery: &Delivery) -> Result<(), String> {
-    let receiver = service.config.webhooks.iter().find(|webhook| webhook.url == delivery.url);
-    let Some(receiver) = receiver else {
-        tracing::info!("{} is no longer told of {}", delivery.url, delivery.job_id);
-        return Ok(());
-    };
+fn attempt(agent: &Agent, webhook: &Webhook, delivery: &Delivery) -> Result<(), String> {
     let body = json!({
         "id": delivery.event_id,
         "object": "event",
@@ -192,7 +224,7 @@ fn attempt(service: &Service, agent: &Agent, delivery: &Delivery) -> Result<(), 
         .header("content-type", "application/json")
         .header("webhook-id", &delivery.event_id)
         .header("webhook-timestamp", &timestamp);
-    if let Some(key) = receiver.secret.as_deref().and_then(signing_key) {
+    if let Some(key) = webhook.secret.as_deref().and_then(signing_key) {
         let signature = sign(&key, &delivery.event_id, &timestamp, &body);
         request = request.header("webhook-signature", signature);
     }

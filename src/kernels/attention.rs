@@ -3,28 +3,37 @@
 //! Keys and values live in blocks of sixteen positions. Within a block the keys of one head are
 //! transposed, `[head_dim][16]`, so that sixteen scores come from `head_dim` multiply-adds without a
 //! sum across lanes; the values are rows, `[16][padded_dim]`. Training lays its keys and values out
-//! in the same way, so both run the same instructions.
+//! in the same way, so both run the same instructions. A cache may hold both in fewer bits
+//! (`panels.rs`); the arithmetic is that of f32 in any case.
 //!
 //! A query row's result depends on its own keys in their order only: blocks are visited from the
-//! first to the last, and lanes past the row's position add exact zeros.
+//! first to the last, and lanes that the row does not see add exact zeros. Blocks that lie before
+//! every window of a pass are not visited.
 
 use std::ops::Range;
 
 use super::{
     Kernels,
-    simd::{LANES, Simd, exp, store_partial},
+    simd::LANES,
     threads::{Shared, for_each_range},
 };
 
 mod backward;
+mod forward;
+mod panels;
+mod scores;
 
 pub use backward::AttentionBackward;
 pub(super) use backward::{BackwardTile, backward_tile};
+pub(super) use forward::{ForwardTile, forward_tile};
+pub use panels::{KvForm, KvPanel, KvPanelMut, KvPanels, KvSide};
 
 /// Query rows times heads that share one pass over keys and values.
 const PAIRS: usize = 8;
+/// Query rows of a task.
+const TILE_ROWS: usize = 32;
 
-/// Heads and scale of an attention layer.
+/// Heads, scale and reach of an attention layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AttentionShape {
     /// Query heads.
@@ -35,6 +44,10 @@ pub struct AttentionShape {
     pub head_dim: usize,
     /// Factor on the scores, `1 / sqrt(head_dim)` as a rule.
     pub scale: f32,
+    /// Keys that a query sees, its own and those right before it; `None`: all before it.
+    pub window: Option<usize>,
+    /// Scores become `cap * tanh(score / cap)` (Gemma 2, <https://arxiv.org/abs/2408.00118>).
+    pub soft_cap: Option<f32>,
 }
 
 impl AttentionShape {
@@ -44,61 +57,26 @@ impl AttentionShape {
         self.head_dim.next_multiple_of(LANES)
     }
 
-    /// Elements of one block of keys, over all heads.
-    #[must_use]
-    pub fn key_block_len(&self) -> usize {
-        self.kv_heads * self.head_dim * LANES
-    }
-
-    /// Elements of one block of values, over all heads.
-    #[must_use]
-    pub fn value_block_len(&self) -> usize {
-        self.kv_heads * self.padded_dim() * LANES
-    }
-
     fn group(&self) -> usize {
         self.heads / self.kv_heads
     }
 
-    /// Writes key rows `[slots.len(), kv_heads * head_dim]` to their slots (block * 16 + position
-    /// in the block) of a panel.
-    pub fn write_keys(&self, rows: &[f32], slots: &[u32], panel: &mut [f32]) {
-        for (row, slot) in rows.chunks_exact(self.kv_heads * self.head_dim).zip(slots) {
-            let (block, lane) = (*slot as usize / LANES, *slot as usize % LANES);
-            let base = block * self.key_block_len() + lane;
-            for (index, value) in row.iter().enumerate() {
-                panel[base + index * LANES] = *value;
-            }
-        }
+    /// The first key that the query at `position` sees.
+    fn first_key(&self, position: usize) -> usize {
+        self.window.map_or(0, |window| (position + 1).saturating_sub(window))
     }
 
-    /// Writes value rows `[slots.len(), kv_heads * head_dim]` to their slots of a panel.
-    pub fn write_values(&self, rows: &[f32], slots: &[u32], panel: &mut [f32]) {
-        for (row, slot) in rows.chunks_exact(self.kv_heads * self.head_dim).zip(slots) {
-            let (block, lane) = (*slot as usize / LANES, *slot as usize % LANES);
-            for (head, values) in row.chunks_exact(self.head_dim).enumerate() {
-                let place = (block * self.kv_heads + head) * LANES + lane;
-                let start = place * self.padded_dim();
-                panel[start..start + self.head_dim].copy_from_slice(values);
-            }
-        }
+    /// The blocks that queries at `first..=last` see.
+    fn blocks(&self, first: usize, last: usize) -> Range<usize> {
+        self.first_key(first) / LANES..last / LANES + 1
     }
-}
-
-/// All blocks of keys and of values of one layer.
-#[derive(Clone, Copy)]
-pub struct KvPanels<'a> {
-    /// `[blocks][kv_heads][head_dim][16]`
-    pub keys: &'a [f32],
-    /// `[blocks][kv_heads][16][padded_dim]`
-    pub values: &'a [f32],
 }
 
 /// One sequence's query rows.
 pub struct QuerySpan<'a> {
     /// Its rows in the batch.
     pub rows: Range<usize>,
-    /// Position of the first of them; row `i` sees keys `0..=first_position + i`.
+    /// Position of the first of them; row `i` sees keys up to `first_position + i`.
     pub first_position: usize,
     /// Block of each sixteen positions.
     pub block_table: &'a [u32],
@@ -106,7 +84,7 @@ pub struct QuerySpan<'a> {
 
 /// Attention of a ragged batch.
 pub struct AttentionForward<'a> {
-    /// Heads and scale.
+    /// Heads, scale and reach.
     pub shape: AttentionShape,
     /// Where keys and values are.
     pub panels: KvPanels<'a>,
@@ -116,226 +94,85 @@ pub struct AttentionForward<'a> {
     pub spans: &'a [QuerySpan<'a>],
 }
 
+/// Some rows of one sequence, for one key head.
+struct Task<'a> {
+    span: &'a QuerySpan<'a>,
+    rows: Range<usize>,
+    kv_head: usize,
+}
+
 impl AttentionForward<'_> {
     /// Computes into `out`, shaped as `queries`.
     ///
     /// # Panics
-    /// Where the lengths do not fit, or a block table is too short or points past the panels.
+    /// Where the lengths do not fit, keys and values differ in form, or a block table is too short or
+    /// points past the panels.
     pub fn run(&self, kernels: &Kernels, out: &mut [f32]) {
         let shape = &self.shape;
         let width = shape.heads * shape.head_dim;
-        assert_eq!(self.queries.len(), out.len(), "queries and output differ in length");
-        let num_blocks = self.panels.keys.len() / shape.key_block_len();
-        assert!(self.panels.values.len() >= num_blocks * shape.value_block_len());
-        let mut tiles = Vec::new();
-        for span in self.spans {
-            assert!(span.rows.end * width <= out.len(), "rows past the batch");
-            let used = (span.first_position + span.rows.len()).div_ceil(LANES);
-            assert!(span.block_table.len() >= used, "block table is shorter than the context");
-            let inside = |block: &u32| (*block as usize) < num_blocks;
-            assert!(span.block_table[..used].iter().all(inside), "block past the cache");
-            for start in span.rows.clone().step_by(32) {
-                for kv_head in 0..shape.kv_heads {
-                    tiles.push((span, start..(start + 32).min(span.rows.end), kv_head));
-                }
-            }
-        }
-        let longest = self.spans.iter().map(|span| span.first_position + span.rows.len());
-        let work = shape.group() * shape.head_dim * longest.max().unwrap_or(0) * 16;
+        let attention = match self.panels.form(shape) {
+            KvForm::F32 => kernels.attention,
+            KvForm::Bf16 => kernels.attention_bf16,
+            KvForm::Int8 => kernels.attention_int8,
+        };
+        let tasks = self.tasks(out.len());
+        let reach = |span: &QuerySpan<'_>| {
+            let last = span.first_position + span.rows.len();
+            last.min(shape.window.unwrap_or(last))
+        };
+        let longest = self.spans.iter().map(reach).max().unwrap_or(0);
+        let work = shape.group() * shape.head_dim * longest * 16;
         let shared = Shared(out.as_mut_ptr());
-        for_each_range(tiles.len(), 1, work, |range| {
-            for (span, rows, kv_head) in &tiles[range] {
+        for_each_range(tasks.len(), 1, work, |range| {
+            let (keys, values) = self.panels.addresses();
+            let mut scratch = Vec::new();
+            for Task { span, rows, kv_head } in &tasks[range] {
                 let first_position = span.first_position + (rows.start - span.rows.start);
-                let context = (first_position + rows.len()).next_multiple_of(LANES);
-                let mut scores = vec![0.0_f32; PAIRS * context];
+                let blocks = shape.blocks(first_position, first_position + rows.len() - 1);
+                let pairs = PAIRS.min(rows.len() * shape.group());
+                let context = blocks.len() * LANES;
+                // Whatever is read of it was written before, by the same pairs.
+                scratch.resize(scratch.len().max(pairs * (context + shape.padded_dim())), 0.0_f32);
                 let tile = ForwardTile {
                     shape: *shape,
-                    keys: self.panels.keys.as_ptr(),
-                    values: self.panels.values.as_ptr(),
+                    keys,
+                    values,
                     queries: self.queries[rows.start * width..].as_ptr(),
-                    // SAFETY: `rows` lie within `out`, checked above.
+                    // SAFETY: `rows` lie within `out`, as `tasks` checked.
                     out: unsafe { shared.get().add(rows.start * width) },
                     rows: rows.len(),
                     first_position,
                     kv_head: *kv_head,
                     block_table: span.block_table.as_ptr(),
-                    scores: scores.as_mut_ptr(),
+                    scratch: scratch.as_mut_ptr(),
                     context,
                 };
-                // SAFETY: table and panels were checked above; each tile writes its own rows of
-                // its own heads; `scores` has room for PAIRS rows of `context`.
-                unsafe { (kernels.attention)(&tile) };
+                // SAFETY: panels, tables and rows were checked above; each task writes its own rows
+                // of its own heads; `scratch` has room for its pairs.
+                unsafe { attention(&tile) };
             }
         });
     }
-}
 
-/// Some rows of one sequence, for the heads that share one key head.
-pub(super) struct ForwardTile {
-    shape: AttentionShape,
-    keys: *const f32,
-    values: *const f32,
-    queries: *const f32,
-    out: *mut f32,
-    rows: usize,
-    first_position: usize,
-    kv_head: usize,
-    block_table: *const u32,
-    scores: *mut f32,
-    context: usize,
-}
-
-/// Calls `$f::<S, N>(tile, first)` over `$count` pairs in groups of 8, 4, 2, 1.
-macro_rules! for_pair_groups {
-    ($count:expr, $f:ident::<$S:ty>($tile:expr)) => {
-        let count = $count;
-        let mut first = 0;
-        while first + 8 <= count {
-            $f::<$S, 8>($tile, first);
-            first += 8;
+    /// The pieces of work, after a check that they touch nothing outside.
+    fn tasks(&self, out_len: usize) -> Vec<Task<'_>> {
+        let width = self.shape.heads * self.shape.head_dim;
+        assert_eq!(self.queries.len(), out_len, "queries and output differ in length");
+        let num_blocks = self.panels.num_blocks(&self.shape);
+        let mut tasks = Vec::new();
+        for span in self.spans {
+            assert!(span.rows.end * width <= out_len, "rows past the batch");
+            let used = (span.first_position + span.rows.len()).div_ceil(LANES);
+            assert!(span.block_table.len() >= used, "block table is shorter than the context");
+            let inside = |block: &u32| (*block as usize) < num_blocks;
+            assert!(span.block_table[..used].iter().all(inside), "block past the cache");
+            for start in span.rows.clone().step_by(TILE_ROWS) {
+                for kv_head in 0..self.shape.kv_heads {
+                    let rows = start..(start + TILE_ROWS).min(span.rows.end);
+                    tasks.push(Task { span, rows, kv_head });
+                }
+            }
         }
-        if first + 4 <= count {
-            $f::<$S, 4>($tile, first);
-            first += 4;
-        }
-        if first + 2 <= count {
-            $f::<$S, 2>($tile, first);
-            first += 2;
-        }
-        if first < count {
-            $f::<$S, 1>($tile, first);
-        }
-    };
-}
-use for_pair_groups;
-
-/// # Safety
-/// Pointers and the block table cover what the fields say, nobody else writes these rows of these
-/// heads, and the CPU has the features of `S`.
-#[inline(always)]
-pub(super) unsafe fn forward_tile<S: Simd>(tile: &ForwardTile) {
-    // SAFETY: by contract.
-    unsafe {
-        for_pair_groups!(tile.rows * tile.shape.group(), forward_pairs::<S>(tile));
+        tasks
     }
-}
-
-#[inline(always)]
-unsafe fn forward_pairs<S: Simd, const N: usize>(tile: &ForwardTile, first: usize) {
-    let AttentionShape { heads, kv_heads, head_dim, scale } = tile.shape;
-    let (group, padded) = (tile.shape.group(), tile.shape.padded_dim());
-    // SAFETY: by the contract of `forward_tile`.
-    unsafe {
-        let mut offsets = [0; N];
-        let mut positions = [0; N];
-        for i in 0..N {
-            let (row, head) = ((first + i) / group, tile.kv_head * group + (first + i) % group);
-            offsets[i] = (row * heads + head) * head_dim;
-            positions[i] = tile.first_position + row;
-        }
-        let queries: [*const f32; N] = offsets.map(|offset| tile.queries.add(offset));
-        let blocks = positions[N - 1] / LANES + 1;
-        let rows: [*mut f32; N] = std::array::from_fn(|i| tile.scores.add(i * tile.context));
-        let key_block = |block: usize| {
-            let place = *tile.block_table.add(block) as usize * kv_heads + tile.kv_head;
-            tile.keys.add(place * head_dim * LANES)
-        };
-        let inverse = probabilities::<S, N>(
-            &queries,
-            &rows,
-            &positions,
-            blocks,
-            (head_dim, scale),
-            key_block,
-        );
-        for lane in (0..padded).step_by(LANES) {
-            let mut sums = [S::splat(0.0); N];
-            for block in 0..blocks {
-                let place = *tile.block_table.add(block) as usize * kv_heads + tile.kv_head;
-                let values = tile.values.add(place * LANES * padded + lane);
-                let keys = LANES.min(positions[N - 1] + 1 - block * LANES);
-                for key in 0..keys {
-                    let value = S::load(values.add(key * padded));
-                    for i in 0..N {
-                        let p = S::splat(*rows[i].add(block * LANES + key));
-                        sums[i] = S::fma(p, value, sums[i]);
-                    }
-                }
-            }
-            for i in 0..N {
-                let result = S::mul(sums[i], S::splat(inverse[i]));
-                let to = tile.out.add(offsets[i] + lane);
-                if lane + LANES <= head_dim {
-                    S::store(to, result);
-                } else {
-                    store_partial::<S>(to, result, head_dim - lane);
-                }
-            }
-        }
-    }
-}
-
-/// Fills `rows[i][0..blocks * 16]` with `e^(score - max)` of pair `i` (exact zeros past its
-/// position) and returns the inverse of each row's sum.
-#[inline(always)]
-unsafe fn probabilities<S: Simd, const N: usize>(
-    queries: &[*const f32; N],
-    rows: &[*mut f32; N],
-    positions: &[usize; N],
-    blocks: usize,
-    (head_dim, scale): (usize, f32),
-    key_block: impl Fn(usize) -> *const f32,
-) -> [f32; N] {
-    // SAFETY: by the contract of the callers: every row holds `blocks * 16` scores, every query
-    // `head_dim` elements, every key block `head_dim * 16`.
-    unsafe {
-        let mut greatest = [S::splat(f32::NEG_INFINITY); N];
-        for block in 0..blocks {
-            let keys = key_block(block);
-            let mut scores = [S::splat(0.0); N];
-            for d in 0..head_dim {
-                let key = S::load(keys.add(d * LANES));
-                for i in 0..N {
-                    scores[i] = S::fma(S::splat(*queries[i].add(d)), key, scores[i]);
-                }
-            }
-            for i in 0..N {
-                let to = rows[i].add(block * LANES);
-                let mut scaled = S::mul(scores[i], S::splat(scale));
-                S::store(to, scaled);
-                if block * LANES + LANES > positions[i] + 1 {
-                    for lane in hidden_lanes(block, positions[i]) {
-                        *to.add(lane) = f32::NEG_INFINITY;
-                    }
-                    scaled = S::load(to);
-                }
-                greatest[i] = S::max(greatest[i], scaled);
-            }
-        }
-        let mut inverse = [0.0; N];
-        for i in 0..N {
-            let shift = S::splat(-S::max_lane(greatest[i]));
-            let mut sum = S::splat(0.0);
-            for block in 0..blocks {
-                let at = rows[i].add(block * LANES);
-                let mut e = exp::<S>(S::add(S::load(at), shift));
-                S::store(at, e);
-                if block * LANES + LANES > positions[i] + 1 {
-                    for lane in hidden_lanes(block, positions[i]) {
-                        *at.add(lane) = 0.0;
-                    }
-                    e = S::load(at);
-                }
-                sum = S::add(sum, e);
-            }
-            inverse[i] = 1.0 / S::sum(sum);
-        }
-        inverse
-    }
-}
-
-/// The lanes of `block` that lie past `position`.
-#[inline(always)]
-fn hidden_lanes(block: usize, position: usize) -> Range<usize> {
-    (position + 1).saturating_sub(block * LANES).min(LANES)..LANES
 }

@@ -3,12 +3,12 @@
 use std::arch::x86_64::{
     __m128i, __m256, __m256i, _MM_HINT_T0, _MM_HINT_T1, _mm_add_ps, _mm_add_ss, _mm_cvtsi32_si128,
     _mm_cvtss_f32, _mm_loadu_si128, _mm_movehl_ps, _mm_packs_epi16, _mm_prefetch, _mm_shuffle_ps,
-    _mm_storeu_si128, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_castps256_ps128,
-    _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32,
-    _mm256_cvtph_ps, _mm256_cvtps_epi32, _mm256_div_ps, _mm256_extractf128_ps,
-    _mm256_extracti128_si256, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
-    _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps,
-    _mm256_packs_epi32, _mm256_permute4x64_epi64, _mm256_round_ps, _mm256_set1_epi8,
+    _mm_srli_si128, _mm_storeu_si128, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256,
+    _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cvtepi8_epi32,
+    _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_cvtps_epi32, _mm256_div_ps,
+    _mm256_extractf128_ps, _mm256_extracti128_si256, _mm256_fmadd_ps, _mm256_loadu_ps,
+    _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_max_ps, _mm256_min_ps,
+    _mm256_mul_ps, _mm256_packs_epi32, _mm256_permute4x64_epi64, _mm256_round_ps, _mm256_set1_epi8,
     _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_slli_epi32, _mm256_srl_epi32,
     _mm256_srli_epi16, _mm256_storeu_ps, _mm256_sub_ps,
 };
@@ -62,6 +62,15 @@ impl Simd for Avx2 {
         unsafe {
             let half = |at: *const f16| _mm256_cvtph_ps(_mm_loadu_si128(at.cast::<__m128i>()));
             (half(from), half(from.add(8)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_int8(from: *const i8) -> V {
+        // SAFETY: sixteen elements are readable by contract.
+        unsafe {
+            let bytes = _mm_loadu_si128(from.cast::<__m128i>());
+            let half = |bytes| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+            (half(bytes), half(_mm_srli_si128::<8>(bytes)))
         }
     }
     #[inline(always)]

@@ -1,15 +1,16 @@
 //! x86-64 with AVX-512 (F, BW, VNNI): one register of sixteen lanes.
 
 use std::arch::x86_64::{
-    __m128i, __m256i, __m512, __m512i, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch, _mm_storeu_si128,
-    _mm256_add_ps, _mm256_loadu_si256, _mm512_add_ps, _mm512_and_si512, _mm512_castpd_ps,
-    _mm512_castps_pd, _mm512_castps512_ps256, _mm512_castsi512_ps, _mm512_cvtepi32_epi8,
-    _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_cvtps_epi32, _mm512_div_ps,
-    _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_max_ps,
-    _mm512_min_ps, _mm512_mul_ps, _mm512_reduce_max_ps, _mm512_roundscale_ps, _mm512_scalef_ps,
-    _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_shuffle_f32x4, _mm512_slli_epi32,
-    _mm512_srli_epi16, _mm512_srli_epi32, _mm512_storeu_ps, _mm512_sub_ps, _mm512_unpackhi_pd,
-    _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpacklo_ps,
+    __m128i, __m256i, __m512, __m512i, _MM_HINT_T0, _MM_HINT_T1, _mm_loadu_si128, _mm_prefetch,
+    _mm_storeu_si128, _mm256_add_ps, _mm256_loadu_si256, _mm512_add_ps, _mm512_and_si512,
+    _mm512_castpd_ps, _mm512_castps_pd, _mm512_castps512_ps256, _mm512_castsi512_ps,
+    _mm512_cvtepi8_epi32, _mm512_cvtepi32_epi8, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32,
+    _mm512_cvtph_ps, _mm512_cvtps_epi32, _mm512_div_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps,
+    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps,
+    _mm512_reduce_max_ps, _mm512_roundscale_ps, _mm512_scalef_ps, _mm512_set1_epi8,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_srli_epi16,
+    _mm512_srli_epi32, _mm512_storeu_ps, _mm512_sub_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps,
+    _mm512_unpacklo_pd, _mm512_unpacklo_ps,
 };
 
 use half::{bf16, f16};
@@ -46,6 +47,14 @@ impl Simd for Avx512 {
     unsafe fn load_f16(from: *const f16) -> __m512 {
         // SAFETY: sixteen elements are readable by contract.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast::<__m256i>())) }
+    }
+    #[inline(always)]
+    unsafe fn load_int8(from: *const i8) -> __m512 {
+        // SAFETY: sixteen elements are readable by contract.
+        unsafe {
+            let bytes = _mm_loadu_si128(from.cast::<__m128i>());
+            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))
+        }
     }
     #[inline(always)]
     unsafe fn store(to: *mut f32, value: __m512) {

@@ -20,21 +20,29 @@ mod avx2;
 mod avx512;
 mod gemm;
 mod lora;
+mod pages;
 mod panels;
+mod pool;
 mod portable;
 mod product;
 mod quant_product;
 mod quantize;
+mod roofline;
 mod row_tiles;
 mod rows;
 mod simd;
+mod tanh;
 mod threads;
 mod turned;
 
-pub use attention::{AttentionBackward, AttentionForward, AttentionShape, KvPanels, QuerySpan};
+pub use attention::{
+    AttentionBackward, AttentionForward, AttentionShape, KvForm, KvPanel, KvPanelMut, KvPanels,
+    KvSide, QuerySpan,
+};
 pub use gemm::MatmulJob;
 pub use lora::{LoraSegment, add_lora};
 pub use panels::{GROUP, PackedWeight, WeightForm};
+pub use roofline::Roofline;
 pub use rows::RmsNormGradient;
 pub use simd::LANES;
 pub use table::{Kernels, all, best};

@@ -13,10 +13,13 @@
 //!
 //! Terms are padded with zeros to whole pairs or groups, columns to whole panels.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::{
+    pages::Lines,
     quantize::{quantize_group_4, quantize_group_8},
     simd::LANES,
 };
@@ -70,35 +73,6 @@ impl WeightForm {
             Self::Bf16 => (term / 2 * LANES + lane) * 2 + term % 2,
             Self::F32 | Self::F16 | Self::Int8 | Self::Int4 => term * LANES + lane,
         }
-    }
-}
-
-/// A cache line: panels begin and end at its borders.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
-
-/// Zeroed bytes that start at a line's border.
-pub(super) struct Lines(Vec<Line>);
-
-impl Lines {
-    fn zeroed(bytes: usize) -> Self {
-        Self(vec![Line([0; 64]); bytes.div_ceil(64)])
-    }
-
-    pub(super) fn as_ptr(&self) -> *const u8 {
-        self.0.as_ptr().cast()
-    }
-
-    pub(super) fn bytes(&self) -> &[u8] {
-        // SAFETY: lines are plain bytes without padding.
-        unsafe { std::slice::from_raw_parts(self.as_ptr(), self.0.len() * 64) }
-    }
-
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        let length = self.0.len() * 64;
-        // SAFETY: as above, and the borrow is exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), length) }
     }
 }
 
@@ -200,6 +174,20 @@ impl PackedWeight {
         }
     }
 
+    /// Packs f32 weights in the smallest form that holds each of them exactly.
+    #[must_use]
+    pub fn from_f32_exact(weight: &[f32], in_features: usize) -> Self {
+        let halves = |value: &f32| f16::from_f32(*value).to_f32().to_bits() == value.to_bits();
+        let form = if weight.iter().all(|value| value.to_bits() & 0xFFFF == 0) {
+            WeightForm::Bf16
+        } else if weight.iter().all(halves) {
+            WeightForm::F16
+        } else {
+            WeightForm::F32
+        };
+        Self::from_f32(form, weight, in_features)
+    }
+
     /// How the weights are held.
     #[must_use]
     pub fn form(&self) -> WeightForm {
@@ -221,7 +209,7 @@ impl PackedWeight {
     /// Bytes in memory, with padding and scales.
     #[must_use]
     pub fn num_bytes(&self) -> usize {
-        (self.data.0.len() + self.scales.0.len()) * 64
+        self.data.bytes().len() + self.scales.bytes().len()
     }
 
     pub(super) fn panel_bytes(&self) -> usize {
@@ -276,10 +264,22 @@ impl PackedWeight {
     /// is exact, the nearest that is left of it otherwise.
     #[must_use]
     pub fn unpack(&self) -> Vec<u8> {
+        self.unpack_rows(0..self.out_features)
+    }
+
+    /// Some of the rows as [`unpack`](Self::unpack) gives them.
+    ///
+    /// # Panics
+    /// Where there are no such rows.
+    #[must_use]
+    pub fn unpack_rows(&self, rows: Range<usize>) -> Vec<u8> {
+        assert!(rows.end <= self.out_features, "rows {rows:?} of {}", self.out_features);
         let size = self.source.element_bytes();
-        let mut bytes = vec![0; self.out_features * self.in_features * size];
+        let mut bytes = vec![0; rows.len() * self.in_features * size];
+        let first = rows.start;
         let rows = bytes.par_chunks_mut((self.in_features * size).max(1)).enumerate();
         rows.for_each(|(row, bytes)| {
+            let row = first + row;
             if self.form.is_exact() {
                 let panel = &self.data.bytes()[row / LANES * self.panel_bytes()..];
                 for (term, to) in bytes.chunks_exact_mut(size).enumerate() {

@@ -39,6 +39,11 @@ impl Simd for Portable {
         unsafe { from.cast::<[f16; LANES]>().read_unaligned() }.map(f16::to_f32)
     }
     #[inline(always)]
+    unsafe fn load_int8(from: *const i8) -> V {
+        // SAFETY: as above.
+        unsafe { from.cast::<[i8; LANES]>().read_unaligned() }.map(f32::from)
+    }
+    #[inline(always)]
     unsafe fn store(to: *mut f32, value: V) {
         // SAFETY: sixteen elements are writable by the trait's contract.
         unsafe { to.cast::<V>().write_unaligned(value) }

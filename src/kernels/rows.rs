@@ -19,7 +19,7 @@ macro_rules! lanes {
 }
 
 #[inline(always)]
-unsafe fn get<S: Simd>(from: &[f32], at: usize, count: usize) -> S::V {
+pub(super) unsafe fn get<S: Simd>(from: &[f32], at: usize, count: usize) -> S::V {
     debug_assert!(at + count <= from.len());
     // SAFETY: `at + count` is within the slice by the callers' equal lengths.
     unsafe {
@@ -32,7 +32,7 @@ unsafe fn get<S: Simd>(from: &[f32], at: usize, count: usize) -> S::V {
 }
 
 #[inline(always)]
-unsafe fn put<S: Simd>(to: &mut [f32], at: usize, count: usize, value: S::V) {
+pub(super) unsafe fn put<S: Simd>(to: &mut [f32], at: usize, count: usize, value: S::V) {
     debug_assert!(at + count <= to.len());
     // SAFETY: `at + count` is within the slice by the callers' equal lengths.
     unsafe {

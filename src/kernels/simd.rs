@@ -21,6 +21,7 @@ pub(super) trait Simd: Copy + 'static {
     unsafe fn load(from: *const f32) -> Self::V;
     unsafe fn load_bf16(from: *const bf16) -> Self::V;
     unsafe fn load_f16(from: *const f16) -> Self::V;
+    unsafe fn load_int8(from: *const i8) -> Self::V;
     /// Sixteen pairs: the first of each, and the second of each.
     unsafe fn load_bf16_pairs(from: *const bf16) -> [Self::V; 2];
     unsafe fn store(to: *mut f32, value: Self::V);

@@ -2,7 +2,9 @@
 
 use std::sync::OnceLock;
 
-use super::{attention, gemm, lora, portable, product, quant_product, row_tiles, rows, turned};
+use super::{
+    attention, gemm, lora, portable, product, quant_product, row_tiles, rows, tanh, turned,
+};
 
 /// The functions of one instruction set. They are called only by the safe wrappers of this floor,
 /// which check lengths; [`best`] and [`all`] only hand out tables that this CPU can run.
@@ -27,11 +29,16 @@ pub struct Kernels {
     pub(super) expand: unsafe fn(&lora::ExpandTile<'_>),
     pub(super) matmul: unsafe fn(&gemm::MatmulTile),
     pub(super) attention: unsafe fn(&attention::ForwardTile),
+    pub(super) attention_bf16: unsafe fn(&attention::ForwardTile),
+    pub(super) attention_int8: unsafe fn(&attention::ForwardTile),
     pub(super) attention_backward: unsafe fn(&attention::BackwardTile),
     pub(super) rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     pub(super) rms_norm_backward: unsafe fn(rows::RmsNormGradient<'_>),
     pub(super) silu_mul: unsafe fn(&[f32], &[f32], &mut [f32]),
     pub(super) silu_mul_backward: unsafe fn(rows::SiluMulGradient<'_>),
+    pub(super) gelu_mul: unsafe fn(&[f32], &[f32], &mut [f32]),
+    pub(super) gelu_mul_backward: unsafe fn(tanh::GeluMulGradient<'_>),
+    pub(super) soft_cap: unsafe fn(&mut [f32], f32),
     pub(super) softmax_stats: unsafe fn(&[f32]) -> (f32, f32),
     pub(super) softmax_scaled: unsafe fn(&mut [f32], f32, f32),
 }
@@ -65,7 +72,11 @@ macro_rules! kernels_for {
             expand(tile: &super::lora::ExpandTile<'_>) -> () = lora::expand_tile::<$simd>;
             matmul(tile: &super::gemm::MatmulTile) -> () = gemm::matmul_tile::<$simd>;
             attention(tile: &super::attention::ForwardTile) -> ()
-                = attention::forward_tile::<$simd>;
+                = attention::forward_tile::<$simd, f32>;
+            attention_bf16(tile: &super::attention::ForwardTile) -> ()
+                = attention::forward_tile::<$simd, Bf16>;
+            attention_int8(tile: &super::attention::ForwardTile) -> ()
+                = attention::forward_tile::<$simd, i8>;
             attention_backward(tile: &super::attention::BackwardTile) -> ()
                 = attention::backward_tile::<$simd>;
             rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) -> ()
@@ -76,6 +87,10 @@ macro_rules! kernels_for {
                 = rows::silu_mul::<$simd>;
             silu_mul_backward(job: super::rows::SiluMulGradient<'_>) -> ()
                 = rows::silu_mul_backward::<$simd>;
+            gelu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) -> () = tanh::gelu_mul::<$simd>;
+            gelu_mul_backward(job: super::tanh::GeluMulGradient<'_>) -> ()
+                = tanh::gelu_mul_backward::<$simd>;
+            soft_cap(x: &mut [f32], cap: f32) -> () = tanh::soft_cap::<$simd>;
             softmax_stats(x: &[f32]) -> (f32, f32) = rows::softmax_stats::<$simd>;
             softmax_scaled(x: &mut [f32], max: f32, scale: f32) -> ()
                 = rows::softmax_scaled::<$simd>;
@@ -97,11 +112,16 @@ macro_rules! kernels_for {
             expand,
             matmul,
             attention,
+            attention_bf16,
+            attention_int8,
             attention_backward,
             rms_norm,
             rms_norm_backward,
             silu_mul,
             silu_mul_backward,
+            gelu_mul,
+            gelu_mul_backward,
+            soft_cap,
             softmax_stats,
             softmax_scaled,
         };

@@ -7,22 +7,27 @@
 
 #![allow(clippy::needless_range_loop, reason = "vectors are indexed")]
 
-use std::ops::Range;
+use std::{cell::Cell, ops::Range};
 
 use half::{bf16, f16};
-use rayon::prelude::*;
 
 use super::{
     Kernels,
     panels::{GROUP, PackedWeight, WeightForm},
+    pool::for_each_task,
     product::{PanelTile, SUM_BLOCK},
     row_tiles::with_row_tiles,
     simd::{LANES, Simd, Weight, load_partial},
-    threads::{MIN_PARALLEL_WORK, ROW_BLOCK, Shared},
+    threads::{MIN_PARALLEL_WORK, ROW_BLOCK, Shared, num_threads},
 };
 
 /// Panels that one task makes and uses.
 const TASK_PANELS: usize = 4;
+
+thread_local! {
+    /// Panels that a thread makes, kept for its next task.
+    static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
 
 /// Where panels come from: sixteen columns of the product, over some terms of its sums.
 #[derive(Clone, Copy)]
@@ -107,12 +112,13 @@ fn product(
     let shared = Shared(out.as_mut_ptr());
     let panels = columns.div_ceil(LANES);
     let panel_tasks = panels.div_ceil(TASK_PANELS);
-    let threads = rayon::current_num_threads();
+    let threads = num_threads();
     // Where there are few panels, threads share out the rows too, and each turns the panels.
     let row_tasks = (4 * threads).div_ceil(panel_tasks).min(rows.div_ceil(ROW_BLOCK));
     let task_rows = rows.div_ceil(row_tasks).next_multiple_of(ROW_BLOCK);
     with_row_tiles(kernels, x, (terms, columns), |x| {
-        let task = |scratch: &mut Vec<f32>, task: usize| {
+        let task = |task: usize| {
+            let mut scratch = SCRATCH.take();
             let first = task % panel_tasks * TASK_PANELS;
             let panels = first..(first + TASK_PANELS).min(panels);
             let first_row = (task / panel_tasks * task_rows).min(rows);
@@ -144,14 +150,11 @@ fn product(
                 // SAFETY: the lengths were checked above; tasks write disjoint rectangles.
                 unsafe { tile.run(kernels, WeightForm::F32) };
             }
+            SCRATCH.set(scratch);
         };
         let tasks = panel_tasks * row_tasks;
-        if threads == 1 || rows * terms * columns < MIN_PARALLEL_WORK {
-            let mut scratch = Vec::new();
-            (0..tasks).for_each(|index| task(&mut scratch, index));
-        } else {
-            (0..tasks).into_par_iter().with_max_len(1).for_each_init(Vec::new, task);
-        }
+        let is_small = rows * terms * columns < MIN_PARALLEL_WORK;
+        for_each_task(if is_small { 1 } else { threads }, tasks, task);
     });
 }
 

@@ -2,9 +2,15 @@
 
 use std::{fs, path::Path};
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use super::{ModelError, Projection, arch};
+use crate::ops::gated_mlp::Activation;
+
+/// `sliding_window` of the families that have one, where config.json is silent.
+pub(super) const DEFAULT_WINDOW: usize = 4096;
+/// `max_window_layers` of the Qwen families, where config.json is silent.
+const DEFAULT_MAX_WINDOW_LAYERS: usize = 28;
 
 /// How rotary frequencies are stretched for long contexts.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -49,6 +55,25 @@ pub struct ModelConfig {
     pub num_kv_heads: usize,
     /// Elements of one head; not always `hidden_size / num_heads`.
     pub head_dim: usize,
+    /// Factor on the scores of attention, `1 / sqrt(head_dim)` as a rule.
+    pub attention_scale: f64,
+    /// Keys that a query of each layer sees, its own and those right before it; `None`: all before it.
+    /// Layers past the end see all.
+    pub layer_windows: Vec<Option<usize>>,
+    /// Scores of attention become `cap * tanh(score / cap)`.
+    pub attention_soft_cap: Option<f64>,
+    /// Logits become `cap * tanh(logit / cap)`.
+    pub logit_soft_cap: Option<f64>,
+    /// Each head of queries and keys goes through a norm before its rotation.
+    pub qk_norm: bool,
+    /// The outputs of attention and feed-forward go through a norm before they are added.
+    pub output_norms: bool,
+    /// What is added to the weights of all norms.
+    pub norm_offset: f64,
+    /// Factor on the rows of the embedding table.
+    pub embedding_scale: f64,
+    /// What the gate of a feed-forward layer goes through.
+    pub activation: Activation,
     /// Epsilon of the RMS norms.
     pub rms_norm_eps: f64,
     /// Base of the rotary frequencies.
@@ -103,6 +128,12 @@ impl ModelConfig {
         Ok(config)
     }
 
+    /// Keys that a query of a layer sees; `None`: all before it.
+    #[must_use]
+    pub fn window(&self, layer: usize) -> Option<usize> {
+        self.layer_windows.get(layer).copied().flatten()
+    }
+
     /// `(in_features, out_features)` of a projection.
     #[must_use]
     pub fn projection_shape(&self, projection: Projection) -> (usize, usize) {
@@ -151,8 +182,24 @@ impl ModelConfig {
         if !self.head_dim.is_multiple_of(2) {
             return Err(format!("head_dim {} is odd", self.head_dim));
         }
+        if self.layer_windows.contains(&Some(0)) {
+            return Err("sliding_window is 0".into());
+        }
+        let caps = [
+            ("attn_logit_softcapping", self.attention_soft_cap),
+            ("final_logit_softcapping", self.logit_soft_cap),
+        ];
+        if let Some((name, cap)) = caps.iter().find(|(_, cap)| cap.is_some_and(|cap| cap <= 0.0)) {
+            return Err(format!("{name} {} is not positive", cap.unwrap_or_default()));
+        }
         Ok(())
     }
+}
+
+/// The usual factor on the scores of heads of that size.
+#[allow(clippy::cast_precision_loss)]
+pub(super) fn inverse_square_root(head_dim: usize) -> f64 {
+    1.0 / (head_dim as f64).sqrt()
 }
 
 fn scale_frequency(frequency: f64, scaling: RopeScaling) -> f64 {
@@ -200,8 +247,25 @@ pub struct RawConfig {
     pub(super) hidden_act: Option<String>,
     pub(super) max_position_embeddings: Option<usize>,
     pub(super) eos_token_id: Option<OneOrMany>,
+    pub(super) hidden_activation: Option<String>,
     pub(super) use_sliding_window: Option<bool>,
+    /// Not there at all is not the same as null.
+    #[serde(default, deserialize_with = "some")]
+    pub(super) sliding_window: Option<Option<usize>>,
+    pub(super) max_window_layers: Option<usize>,
+    layer_types: Option<Vec<String>>,
+    pub(super) query_pre_attn_scalar: Option<f64>,
+    #[serde(default, deserialize_with = "some")]
+    pub(super) attn_logit_softcapping: Option<Option<f64>>,
+    #[serde(default, deserialize_with = "some")]
+    pub(super) final_logit_softcapping: Option<Option<f64>>,
+    pub(super) use_bidirectional_attention: Option<bool>,
     pub(super) quantization_config: Option<serde_json::Value>,
+}
+
+/// A key that is there, be it null.
+fn some<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Option<T>, D::Error> {
+    T::deserialize(from).map(Some)
 }
 
 #[derive(Debug, Deserialize)]
@@ -241,13 +305,19 @@ impl OneOrMany {
 impl RawConfig {
     /// What all Llama-shaped families share; a family's file changes what differs.
     pub(super) fn llama_shaped(&self) -> Result<ModelConfig, String> {
-        if let Some(act) = self.hidden_act.as_deref().filter(|act| *act != "silu") {
-            return Err(format!("hidden_act {act:?} is not supported, only \"silu\""));
-        }
+        let activation = match self.hidden_act.as_deref().unwrap_or("silu") {
+            "silu" => Activation::Silu,
+            "gelu_pytorch_tanh" => Activation::GeluTanh,
+            act => {
+                let known = "\"silu\" and \"gelu_pytorch_tanh\"";
+                return Err(format!("hidden_act {act:?} is not supported, only {known}"));
+            }
+        };
         if self.quantization_config.is_some() {
             return Err("quantization_config is not supported: use the unquantised model".into());
         }
         let bias = self.attention_bias.unwrap_or(false);
+        let head_dim = self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1));
         Ok(ModelConfig {
             model_type: self.model_type.clone(),
             vocab_size: self.vocab_size,
@@ -256,7 +326,16 @@ impl RawConfig {
             num_layers: self.num_hidden_layers,
             num_heads: self.num_attention_heads,
             num_kv_heads: self.num_key_value_heads.unwrap_or(self.num_attention_heads),
-            head_dim: self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1)),
+            head_dim,
+            attention_scale: inverse_square_root(head_dim),
+            layer_windows: Vec::new(),
+            attention_soft_cap: None,
+            logit_soft_cap: None,
+            qk_norm: false,
+            output_norms: false,
+            norm_offset: 0.0,
+            embedding_scale: 1.0,
+            activation,
             rms_norm_eps: self.rms_norm_eps.unwrap_or(1e-6),
             rope_theta: self.rope_theta(),
             rope_scaling: self.rope_scaling()?,
@@ -267,6 +346,37 @@ impl RawConfig {
             max_position_embeddings: self.max_position_embeddings.unwrap_or(2048),
             eos_token_ids: self.eos_token_id.clone().map(OneOrMany::into_vec).unwrap_or_default(),
         })
+    }
+
+    /// The windows of all layers: `window` where `layer_types` says `sliding_attention`, or else where
+    /// `slides(layer)`.
+    pub(super) fn windows(
+        &self,
+        window: Option<usize>,
+        slides: impl Fn(usize) -> bool,
+    ) -> Result<Vec<Option<usize>>, String> {
+        let Some(types) = &self.layer_types else {
+            let layers = 0..self.num_hidden_layers;
+            return Ok(layers.map(|layer| window.filter(|_| slides(layer))).collect());
+        };
+        if types.len() != self.num_hidden_layers {
+            let (types, layers) = (types.len(), self.num_hidden_layers);
+            return Err(format!("layer_types has {types} entries for {layers} layers"));
+        }
+        let of_type = |kind: &String| match kind.as_str() {
+            "full_attention" => Ok(None),
+            "sliding_attention" => Ok(window),
+            other => Err(format!("layer type {other:?} is not supported")),
+        };
+        types.iter().map(of_type).collect()
+    }
+
+    /// The windows of a Qwen: of the layers from `max_window_layers` on, where `use_sliding_window`.
+    pub(super) fn qwen_windows(&self) -> Result<Vec<Option<usize>>, String> {
+        let window = self.sliding_window.unwrap_or(Some(DEFAULT_WINDOW));
+        let window = window.filter(|_| self.use_sliding_window == Some(true));
+        let first = self.max_window_layers.unwrap_or(DEFAULT_MAX_WINDOW_LAYERS);
+        self.windows(window, |layer| layer >= first)
     }
 
     fn rope_theta(&self) -> f64 {

@@ -7,13 +7,18 @@ use safetensors::View;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ModelConfig, ModelError, Projection, Step,
-    layer::{Layer, LayerContext, Linear},
+    DeltaRows, ModelConfig, ModelError, Projection, Site, Step, Table,
+    layer::{Layer, LayerContext, Linear, work},
+    norm::Norm,
+    tables,
+    training::with_noise,
     weights::{Parameters, RandomWeights, SafetensorsFolder, Source},
 };
 use crate::ops::{
-    cross_entropy::cross_entropy, embedding::embedding, linear::linear, rms_norm::rms_norm,
-    rope::Angles, weight::Weight,
+    profile::{self, Op},
+    rope::Angles,
+    soft_cap::soft_cap,
+    weight::Weight,
 };
 use crate::publish::Sha256Stream;
 
@@ -71,7 +76,7 @@ pub struct Decoder {
     config: ModelConfig,
     embedding: Weight,
     layers: Vec<Layer>,
-    norm: Tensor,
+    norm: Norm,
     /// `None`: tied to the embedding.
     head: Option<Weight>,
     inverse_frequencies: Vec<f32>,
@@ -79,6 +84,8 @@ pub struct Decoder {
     /// The dtype of the checkpoint's matrices.
     dtype: DType,
     fingerprint: OnceLock<String>,
+    /// The files that rounded weights were made of.
+    originals: Option<SafetensorsFolder>,
 }
 
 impl Decoder {
@@ -90,19 +97,10 @@ impl Decoder {
     pub fn load(dir: &Path, mode: WeightMode) -> Result<Self, ModelError> {
         let config = ModelConfig::from_dir(dir)?;
         let folder = SafetensorsFolder::open(dir)?;
-        let decoder = Self::build(config, mode, Source::Folder(folder))?;
-        if matches!(mode, WeightMode::Int8 | WeightMode::Int4) {
-            // An adapter belongs to the weights as they were, so these are read once more.
-            let folder = SafetensorsFolder::open(dir)?;
-            let fingerprint = decoder.hash(|name, parameter| match parameter {
-                Parameter::Vector(_) => decoder.original(parameter),
-                Parameter::Matrix(weight) => {
-                    folder.find(name, &<[usize; 2]>::from(weight.dims2()?))?.tensor()
-                }
-            })?;
-            decoder.fingerprint.get_or_init(|| fingerprint);
-        }
-        Ok(decoder)
+        // An adapter belongs to the weights as they were, which are read once more where that is asked.
+        let is_rounded = matches!(mode, WeightMode::Int8 | WeightMode::Int4);
+        let originals = if is_rounded { Some(folder.clone()) } else { None };
+        Ok(Self { originals, ..Self::build(config, mode, Source::Folder(folder))? })
     }
 
     /// Whether a folder has weights, rather than a configuration only.
@@ -127,7 +125,7 @@ impl Decoder {
         let layers = (0..config.num_layers)
             .map(|index| Layer::build(&config, index, &mut parameters))
             .collect::<Result<_, _>>()?;
-        let norm = parameters.vector(NORM, config.hidden_size)?;
+        let norm = Norm::build(&config, NORM, config.hidden_size, &mut parameters)?;
         let head =
             if config.tie_word_embeddings { None } else { Some(parameters.table(HEAD, table)?) };
         let inverse_frequencies = config.inverse_frequencies();
@@ -141,6 +139,7 @@ impl Decoder {
             inverse_frequencies,
             variables: parameters.variables,
             fingerprint: OnceLock::new(),
+            originals: None,
         })
     }
 
@@ -151,28 +150,67 @@ impl Decoder {
     }
 
     /// SHA-256 over names, dtypes, shapes and bytes of all weights as they are in the file, in hex:
-    /// which base an adapter belongs to. Computed at the first call, or at load if weights are rounded.
-    ///
-    /// # Panics
-    /// Where there is no memory for one more matrix.
+    /// which base an adapter belongs to. Computed at the first call, in about a second for each two
+    /// gigabytes. Where rounded weights' file cannot be read any more, a text that says so and that no
+    /// adapter was made for.
     pub fn fingerprint(&self) -> &str {
-        self.fingerprint.get_or_init(|| {
-            self.hash(|_, parameter| self.original(parameter)).expect("memory for a matrix")
-        })
+        self.fingerprint
+            .get_or_init(|| self.hash().unwrap_or_else(|error| format!("unknown ({error})")))
     }
 
-    /// One tensor at a time is held.
-    fn hash(
-        &self,
-        tensor: impl Fn(&str, Parameter<'_>) -> Result<Tensor, ModelError>,
-    ) -> Result<String, ModelError> {
+    /// A part of one matrix is held at a time.
+    fn hash(&self) -> Result<String, ModelError> {
         let mut hash = Sha256Stream::new();
+        let begin = |name: &str, dtype: DType, dims: &[usize]| {
+            format!("{name} {dtype:?} {dims:?}\n").into_bytes()
+        };
         for (name, parameter) in self.named() {
-            let tensor = tensor(&name, parameter)?;
-            hash.update(format!("{name} {:?} {:?}\n", tensor.dtype(), tensor.dims()).as_bytes());
-            hash.update(&View::data(&tensor));
+            match (parameter, &self.originals) {
+                (Parameter::Vector(_), _) => {
+                    let tensor = self.original(parameter)?;
+                    hash.update(&begin(&name, tensor.dtype(), tensor.dims()));
+                    hash.update(&View::data(&tensor));
+                }
+                (Parameter::Matrix(weight), None) => {
+                    hash.update(&begin(
+                        &name,
+                        weight.dtype(),
+                        &<[usize; 2]>::from(weight.dims2()?),
+                    ));
+                    weight.for_each_bytes(|bytes| hash.update(bytes))?;
+                }
+                (Parameter::Matrix(weight), Some(originals)) => {
+                    let stored = originals.find(&name, &<[usize; 2]>::from(weight.dims2()?))?;
+                    let tensor = stored.tensor()?;
+                    hash.update(&begin(&name, tensor.dtype(), tensor.dims()));
+                    hash.update(&View::data(&tensor));
+                }
+            }
         }
         Ok(hash.finish())
+    }
+
+    /// SHA-256 over names, shapes, and the first row of each matrix as it is held, in hex: tells models
+    /// apart that were trained apart, at once.
+    ///
+    /// # Panics
+    /// Where there is no memory for a row.
+    #[must_use]
+    pub fn quick_fingerprint(&self) -> String {
+        let mut hash = Sha256Stream::new();
+        for (name, parameter) in self.named() {
+            let (dims, row) = match parameter {
+                Parameter::Vector(tensor) => (tensor.dims().to_vec(), tensor.to_vec1::<f32>()),
+                Parameter::Matrix(weight) => {
+                    let (rows, columns) = weight.dims2().expect("a matrix has two dimensions");
+                    (vec![rows, columns], weight.row(0))
+                }
+            };
+            hash.update(format!("{name} {dims:?}\n").as_bytes());
+            let row = row.expect("memory for a row");
+            row.iter().for_each(|value| hash.update(&value.to_le_bytes()));
+        }
+        hash.finish()
     }
 
     /// Bytes of all weights in memory.
@@ -223,17 +261,17 @@ impl Decoder {
     fn named(&self) -> BTreeMap<String, Parameter<'_>> {
         let mut named = BTreeMap::new();
         named.insert(EMBEDDING.to_owned(), Parameter::Matrix(&self.embedding));
-        named.insert(NORM.to_owned(), Parameter::Vector(&self.norm));
+        let (prefix, name) = NORM;
+        let norm = Parameter::Vector(&self.norm.weight);
+        named.insert(format!("{prefix}.{name}.weight"), norm);
         if let Some(head) = &self.head {
             named.insert(HEAD.to_owned(), Parameter::Matrix(head));
         }
         for layer in &self.layers {
             let prefix = format!("model.layers.{}", layer.index);
-            for (norm, tensor) in [
-                ("input_layernorm", &layer.input_norm),
-                ("post_attention_layernorm", &layer.post_attention_norm),
-            ] {
-                named.insert(format!("{prefix}.{norm}.weight"), Parameter::Vector(tensor));
+            for norm in layer.norms.all() {
+                let name = format!("{prefix}.{}.weight", norm.name);
+                named.insert(name, Parameter::Vector(&norm.weight));
             }
             for (projection, Linear { weight, bias }) in
                 Projection::ALL.into_iter().zip(&layer.projections)
@@ -248,13 +286,38 @@ impl Decoder {
         named
     }
 
+    /// Weight and bias of a projection.
+    ///
+    /// # Panics
+    /// Where the model has no such layer.
+    #[must_use]
+    pub fn projection(&self, site: Site) -> (&Weight, Option<&Tensor>) {
+        let Linear { weight, bias } =
+            &self.layers[site.layer].projections[site.projection as usize];
+        (weight, bias.as_ref())
+    }
+
+    /// The embedding or the head, `[vocab, hidden]`; one matrix if they are tied.
+    #[must_use]
+    pub fn table(&self, table: Table) -> &Weight {
+        match table {
+            Table::Embedding => &self.embedding,
+            Table::Head => self.head(),
+        }
+    }
+
     /// Logits of the step's `logit_rows`, `[rows, vocab]`, f32.
     ///
     /// # Errors
     /// A step that does not describe a batch, or a failed tensor operation.
     pub fn forward(&self, step: &Step<'_>) -> Result<Tensor, ModelError> {
         let hidden = select(&self.hidden(step)?, step.logit_rows)?;
-        Ok(linear(&hidden, self.head(), None)?)
+        let _time = profile::time(Op::Head).work(|| work(&hidden, self.head()));
+        let logits = tables::logits(self.head(), &hidden, step.logit_rows, step.deltas)?;
+        Ok(match self.config.logit_soft_cap {
+            Some(cap) => soft_cap(&logits, cap)?,
+            None => logits,
+        })
     }
 
     /// Hidden states after the final norm, `[tokens, hidden]`, f32.
@@ -270,11 +333,15 @@ impl Decoder {
             deltas: step.deltas,
             dropout: step.dropout,
         };
-        let mut x = embedding(&self.embedding, step.tokens)?;
+        let x = tables::embed(&self.embedding, step.tokens, step.deltas)?;
+        let mut x = with_noise(x, step)?;
+        if self.config.embedding_scale != 1.0 {
+            x = (x * self.config.embedding_scale)?;
+        }
         for layer in &self.layers {
             x = layer.forward(&x, &context)?;
         }
-        Ok(rms_norm(&x, &self.norm, self.config.rms_norm_eps)?)
+        self.norm.forward(&x)
     }
 
     /// Losses of some rows of [`Self::hidden`] against `targets`; whole logits are never held.
@@ -289,10 +356,25 @@ impl Decoder {
         rows: &[u32],
         targets: &[u32],
     ) -> Result<Tensor, ModelError> {
-        Ok(cross_entropy(&select(hidden, rows)?, self.head(), targets)?)
+        self.token_losses_of(hidden, rows, targets, &[])
     }
 
-    fn head(&self) -> &Weight {
+    /// [`Self::token_losses`] under the heads of the adapters in `deltas`, as they were in the step.
+    ///
+    /// # Errors
+    /// As [`Self::token_losses`].
+    pub fn token_losses_of(
+        &self,
+        hidden: &Tensor,
+        rows: &[u32],
+        targets: &[u32],
+        deltas: &[DeltaRows],
+    ) -> Result<Tensor, ModelError> {
+        let (hidden, cap) = (select(hidden, rows)?, self.config.logit_soft_cap);
+        tables::losses(self.head(), (&hidden, cap), (rows, targets), deltas)
+    }
+
+    pub(super) fn head(&self) -> &Weight {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 }
@@ -305,10 +387,10 @@ enum Parameter<'a> {
 }
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
-const NORM: &str = "model.norm.weight";
+const NORM: (&str, &str) = ("model", "norm");
 const HEAD: &str = "lm_head.weight";
 
-fn select(hidden: &Tensor, rows: &[u32]) -> Result<Tensor, ModelError> {
+pub(super) fn select(hidden: &Tensor, rows: &[u32]) -> Result<Tensor, ModelError> {
     let rows = Tensor::from_slice(rows, rows.len(), &Device::Cpu)?;
     Ok(hidden.index_select(&rows, 0)?)
 }

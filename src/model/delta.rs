@@ -5,7 +5,7 @@ use std::{ops::Range, sync::Arc};
 use candle_core::Tensor;
 
 use super::ModelError;
-use crate::ops::lora::LoraPart;
+use crate::ops::{lora::LoraPart, weight::Weight};
 
 /// The linear layers that an adapter may change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -67,39 +67,79 @@ pub struct Site {
     pub projection: Projection,
 }
 
-/// Dropout whose masks are a pure function of `seed` and the site, so that a resumed run repeats
-/// them.
+/// What training does at random: dropout whose masks are a pure function of `seed` and the site, and
+/// noise on the embeddings, so that a resumed run repeats them.
 #[derive(Debug, Clone, Copy)]
 pub struct Dropout {
-    /// Probability that an element is dropped.
+    /// Probability that an element of an adapter's input is dropped.
     pub probability: f32,
+    /// NEFTune's alpha: how much noise the embeddings get; 0 = none.
+    pub neftune_alpha: f32,
     /// Differs between steps and micro-batches.
     pub seed: u64,
 }
 
-/// What an adapter does to a projection.
+/// A projection of the base, with what went into it.
+#[derive(Clone, Copy)]
+pub struct Projected<'a> {
+    /// Which one.
+    pub site: Site,
+    /// Its weight. `[out, in]`
+    pub weight: &'a Weight,
+    /// Its bias, which the output contains. `[out]`
+    pub bias: Option<&'a Tensor>,
+    /// `[tokens, in]`
+    pub input: &'a Tensor,
+}
+
+/// The two matrices with a row for each token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Table {
+    /// `embed_tokens`: what a token is at the start.
+    Embedding,
+    /// `lm_head`: what makes it likely at the end.
+    Head,
+}
+
+/// What an adapter has in place of a table.
+#[derive(Clone)]
+pub enum OwnTable {
+    /// All of it. `[vocab, hidden]`
+    Whole(Weight),
+    /// The rows of some tokens.
+    Rows {
+        /// The tokens, each once.
+        ids: Arc<[u32]>,
+        /// Their rows. `[ids, hidden]`, f32
+        values: Tensor,
+    },
+}
+
+/// What an adapter does to the model.
 pub trait Delta: Send + Sync {
-    /// `output [tokens, out]` with the adapter's contribution added on `rows`, given the
-    /// projection's `input [tokens, in]`. May change `output` in place where nothing is tracked;
-    /// returns it untouched where the adapter has no part at this site.
+    /// `output [tokens, out]` of the projection `at` with the adapter's contribution added on `rows`.
+    /// May change `output` in place where nothing is tracked; returns it untouched where the adapter
+    /// has no part at this site.
     ///
     /// # Errors
     /// A failed tensor operation.
     fn apply(
         &self,
-        site: Site,
-        input: &Tensor,
+        at: &Projected<'_>,
         output: Tensor,
         rows: Range<usize>,
         dropout: Option<Dropout>,
     ) -> Result<Tensor, ModelError>;
 
     /// What the adapter adds at `site`, so that the rows of many adapters are done at once; `None` where
-    /// it has no part there. Asked only if [`Self::is_frozen`].
+    /// it has no part there, or one that is more than a sum and takes [`Self::apply`]. Asked only if [`Self::is_frozen`].
     fn part(&self, site: Site) -> Option<&LoraPart>;
 
     /// Whether nobody trains the adapter.
     fn is_frozen(&self) -> bool;
+
+    /// What the adapter has in place of a table of the base; `None` where the base's own counts.
+    fn table(&self, table: Table) -> Option<&OwnTable>;
 }
 
 /// A range of rows and the adapter that they carry.

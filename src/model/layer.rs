@@ -3,17 +3,20 @@
 use candle_core::Tensor;
 
 use super::{
-    DeltaRows, Dropout, ModelConfig, ModelError, Projection, Site, kv_cache::attention_shape,
-    step::Layout, weights::Parameters,
+    DeltaRows, Dropout, ModelConfig, ModelError, Projected, Projection, Site,
+    kv_cache::attention_shape,
+    norm::{Norms, maybe, maybe_heads},
+    step::Layout,
+    weights::Parameters,
 };
-use crate::kernels::AttentionShape;
+use crate::kernels::{AttentionShape, KvSide};
 use crate::ops::{
     add::add,
-    attention::{Panel, attention, paged_attention, write_cache},
-    gated_mlp::silu_mul,
+    attention::{attention, paged_attention, write_cache},
+    gated_mlp::{Activation, gated_mul},
     linear::linear,
     lora::add_in_place,
-    rms_norm::rms_norm,
+    profile::{self, Op},
     rope::{Angles, rope},
     weight::Weight,
 };
@@ -35,12 +38,11 @@ pub(super) struct LayerContext<'a> {
 /// One decoder layer.
 pub(super) struct Layer {
     pub(super) index: usize,
-    pub(super) input_norm: Tensor,
-    pub(super) post_attention_norm: Tensor,
+    pub(super) norms: Norms,
     /// In the order of [`Projection::ALL`].
     pub(super) projections: Vec<Linear>,
     pub(super) shape: AttentionShape,
-    pub(super) eps: f64,
+    pub(super) activation: Activation,
 }
 
 impl Layer {
@@ -69,15 +71,12 @@ impl Layer {
             };
             projections.push(Linear { weight, bias });
         }
-        let mut norm =
-            |name: &str| parameters.vector(&format!("{prefix}.{name}.weight"), config.hidden_size);
         Ok(Self {
             index,
-            input_norm: norm("input_layernorm")?,
-            post_attention_norm: norm("post_attention_layernorm")?,
+            norms: Norms::build(config, &prefix, parameters)?,
             projections,
-            shape: attention_shape(config),
-            eps: config.rms_norm_eps,
+            shape: attention_shape(config, index),
+            activation: config.activation,
         })
     }
 
@@ -88,10 +87,12 @@ impl Layer {
         context: &LayerContext<'_>,
     ) -> Result<Tensor, ModelError> {
         // 1. Queries, keys and values of the normed input.
-        let normed = rms_norm(x, &self.input_norm, self.eps)?;
+        let normed = self.norms.attention_input.forward(x)?;
         let q = self.project(Projection::Q, &normed, context)?;
         let k = self.project(Projection::K, &normed, context)?;
         let v = self.project(Projection::V, &normed, context)?;
+        let q = maybe_heads(self.norms.query.as_ref(), q)?;
+        let k = maybe_heads(self.norms.key.as_ref(), k)?;
         // 2. Positions.
         let (q, k) = (rope(&q, context.angles)?, rope(&k, context.angles)?);
         // 3. Attention, within the sequences or over the cache.
@@ -99,18 +100,20 @@ impl Layer {
             Layout::Whole(sequences) => attention(&q, &k, &v, self.shape, sequences)?,
             Layout::Paged { cache, slots, spans } => {
                 let (keys, values) = &cache.layers[self.index];
-                write_cache(keys, Panel::Keys, &k, self.shape, slots)?;
-                write_cache(values, Panel::Values, &v, self.shape, slots)?;
+                write_cache(keys, KvSide::Keys, &k, self.shape, slots)?;
+                write_cache(values, KvSide::Values, &v, self.shape, slots)?;
                 paged_attention(&q, (keys, values), self.shape, spans)?
             }
         };
-        let x = add(x, &self.project(Projection::O, &attended, context)?)?;
+        let attended = self.project(Projection::O, &attended, context)?;
+        let x = add(x, &maybe(self.norms.attention_output.as_ref(), attended)?)?;
         // 4. The gated feed-forward of the normed sum.
-        let normed = rms_norm(&x, &self.post_attention_norm, self.eps)?;
+        let normed = self.norms.mlp_input.forward(&x)?;
         let gate = self.project(Projection::Gate, &normed, context)?;
         let up = self.project(Projection::Up, &normed, context)?;
-        let down = self.project(Projection::Down, &silu_mul(&gate, &up)?, context)?;
-        Ok(add(&x, &down)?)
+        let gated = gated_mul(self.activation, &gate, &up)?;
+        let down = self.project(Projection::Down, &gated, context)?;
+        Ok(add(&x, &maybe(self.norms.mlp_output.as_ref(), down)?)?)
     }
 
     fn project(
@@ -120,10 +123,13 @@ impl Layer {
         context: &LayerContext<'_>,
     ) -> Result<Tensor, ModelError> {
         let Linear { weight, bias } = &self.projections[projection as usize];
+        let timer = profile::time(op_of(projection)).work(|| work(x, weight));
         let mut out = linear(x, weight, bias.as_ref())?;
+        drop(timer);
         let site = Site { layer: self.index, projection };
-        // 1. Nothing is tracked: all adapters' rows at once, in place.
-        if !out.track_op() && context.deltas.iter().all(|rows| rows.delta.is_frozen()) {
+        let frozen = !out.track_op() && context.deltas.iter().all(|rows| rows.delta.is_frozen());
+        // 1. Nothing is tracked: the sums of all adapters' rows at once, in place.
+        if frozen {
             let part = |DeltaRows { rows, delta }: &DeltaRows| {
                 Some((rows.clone(), delta.part(site)?.clone()))
             };
@@ -131,12 +137,29 @@ impl Layer {
             if !segments.is_empty() {
                 add_in_place(&out, x, segments)?;
             }
-            return Ok(out);
         }
-        // 2. Training: one after the other, with a graph.
+        // 2. Training, with a graph, and what is more than a sum: one after the other.
+        let at = Projected { site, weight, bias: bias.as_ref(), input: x };
         for DeltaRows { rows, delta } in context.deltas {
-            out = delta.apply(site, x, out, rows.clone(), context.dropout)?;
+            if !frozen || delta.part(site).is_none() {
+                out = delta.apply(&at, out, rows.clone(), context.dropout)?;
+            }
         }
         Ok(out)
     }
+}
+
+/// The part of a step that a projection belongs to.
+fn op_of(projection: Projection) -> Op {
+    match projection {
+        Projection::Q | Projection::K | Projection::V => Op::Qkv,
+        Projection::O => Op::Output,
+        Projection::Gate | Projection::Up => Op::GateUp,
+        Projection::Down => Op::Down,
+    }
+}
+
+/// Bytes and operations of a product with `weight`.
+pub(super) fn work(x: &Tensor, weight: &Weight) -> (usize, usize) {
+    (weight.num_bytes(), 2 * x.dims()[0] * weight.elem_count())
 }

@@ -10,13 +10,16 @@ mod delta;
 mod error;
 mod kv_cache;
 mod layer;
+mod norm;
 mod step;
+mod tables;
+mod training;
 mod weights;
 
 pub use arch::{ARCHITECTURES, Architecture};
 pub use config::{ModelConfig, RopeScaling};
 pub use decoder::{Decoder, Quantization, WeightMode};
-pub use delta::{Delta, DeltaRows, Dropout, Projection, Site};
+pub use delta::{Delta, DeltaRows, Dropout, OwnTable, Projected, Projection, Site, Table};
 pub use error::ModelError;
-pub use kv_cache::KvCache;
+pub use kv_cache::{KvCache, KvDtype};
 pub use step::{Step, StepSequence};

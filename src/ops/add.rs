@@ -2,7 +2,10 @@
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 
-use super::storage::{f32_slice, mismatch};
+use super::{
+    profile::{Op, time},
+    storage::{f32_slice, mismatch},
+};
 use crate::kernels::for_each_rows;
 
 /// `a + b` for f32 tensors of one shape.
@@ -10,6 +13,7 @@ use crate::kernels::for_each_rows;
 /// # Errors
 /// Where the shapes differ or a tensor is not f32 on the CPU.
 pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let _time = time(Op::Residual);
     a.contiguous()?.apply_op2(&b.contiguous()?, Add)
 }
 

@@ -4,12 +4,18 @@ use std::{ops::Range, sync::Arc};
 
 use candle_core::{CpuStorage, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor};
 
-use super::storage::{f32_slice, mismatch, tensor, with_f32};
+use super::{
+    profile::{Op, time},
+    storage::{f32_slice, mismatch, tensor, whole_slice, with_f32},
+};
 use crate::kernels::{
-    AttentionBackward, AttentionForward, AttentionShape, KvPanels, LANES, QuerySpan, best,
+    AttentionBackward, AttentionForward, AttentionShape, KvForm, KvPanel, KvPanelMut, KvPanels,
+    KvSide, LANES, QuerySpan, best,
 };
 
 const NAME: &str = "attention";
+const WRITE: &str = "write_cache";
+const NO_FORM: &str = "the cache holds neither f32, bf16 nor bytes";
 
 /// Attention within whole sequences. `q [rows, heads * head_dim]`, `k` and `v`
 /// `[rows, kv_heads * head_dim]`; `sequences` are their rows, in order.
@@ -23,6 +29,7 @@ pub fn attention(
     shape: AttentionShape,
     sequences: &Arc<[Range<usize>]>,
 ) -> Result<Tensor> {
+    let _time = time(Op::Attention);
     let op = WholeAttention { shape, sequences: sequences.clone() };
     q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
 }
@@ -38,7 +45,8 @@ pub struct PagedSpan {
     pub block_table: Arc<[u32]>,
 }
 
-/// Attention over cached keys and values (which already hold this step's). No gradient.
+/// Attention over cached keys and values (which already hold this step's), in f32, bf16, or int8 with
+/// its scales as bytes. No gradient.
 ///
 /// # Errors
 /// Where shapes or dtypes do not fit.
@@ -48,16 +56,19 @@ pub fn paged_attention(
     shape: AttentionShape,
     spans: &Arc<[PagedSpan]>,
 ) -> Result<Tensor> {
+    let _time = time(Op::Attention).work(|| paged_work(spans, shape, keys.dtype().size_in_bytes()));
     q.contiguous()?.apply_op3_no_bwd(keys, values, &Paged { shape, spans: spans.clone() })
 }
 
-/// Which panel of a cache is written.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Panel {
-    /// Keys, transposed within each block.
-    Keys,
-    /// Values.
-    Values,
+/// Bytes that are read of keys and values, each once a sequence, and operations on them.
+fn paged_work(spans: &[PagedSpan], shape: AttentionShape, element_bytes: usize) -> (usize, usize) {
+    let (mut positions, mut pairs) = (0, 0);
+    for PagedSpan { rows, first_position, .. } in spans {
+        positions += first_position + rows.len();
+        pairs += rows.len() * (first_position + rows.len().div_ceil(2));
+    }
+    let bytes = 2 * positions * shape.kv_heads * shape.head_dim * element_bytes;
+    (bytes, 4 * pairs * shape.heads * shape.head_dim)
 }
 
 /// Writes `rows [slots.len(), kv_heads * head_dim]` into a panel of the cache, in place.
@@ -66,12 +77,13 @@ pub enum Panel {
 /// Where shapes do not fit or a slot lies outside.
 pub fn write_cache(
     panel_tensor: &Tensor,
-    panel: Panel,
+    side: KvSide,
     rows: &Tensor,
     shape: AttentionShape,
     slots: &Arc<[u32]>,
 ) -> Result<()> {
-    let op = WriteCache { panel, shape, slots: slots.clone() };
+    let _time = time(Op::Attention);
+    let op = WriteCache { side, shape, slots: slots.clone() };
     panel_tensor.inplace_op2(&rows.contiguous()?, &op)
 }
 
@@ -110,10 +122,13 @@ impl CustomOp3 for WholeAttention {
         if q_layout.dims()[0] != slots.len() {
             return Err(mismatch(NAME, "the sequences do not cover the rows"));
         }
-        let mut keys = vec![0.0; num_blocks as usize * self.shape.key_block_len()];
-        let mut values = vec![0.0; num_blocks as usize * self.shape.value_block_len()];
-        self.shape.write_keys(k, &slots, &mut keys);
-        self.shape.write_values(v, &slots, &mut values);
+        let panel = |side, rows| {
+            let block_len = KvForm::F32.block_len(&self.shape, side);
+            let mut panel = vec![0.0; num_blocks as usize * block_len];
+            self.shape.write(side, rows, &slots, KvPanelMut::F32(&mut panel));
+            panel
+        };
+        let (keys, values) = (panel(KvSide::Keys, k), panel(KvSide::Values, v));
         let spans: Vec<QuerySpan<'_>> = self
             .sequences
             .iter()
@@ -125,7 +140,7 @@ impl CustomOp3 for WholeAttention {
             })
             .collect();
         let mut out = vec![0.0; queries.len()];
-        let panels = KvPanels { keys: &keys, values: &values };
+        let panels = KvPanels { keys: KvPanel::F32(&keys), values: KvPanel::F32(&values) };
         AttentionForward { shape: self.shape, panels, queries, spans: &spans }
             .run(best(), &mut out);
         Ok((CpuStorage::F32(out), q_layout.shape().clone()))
@@ -189,8 +204,7 @@ impl CustomOp3 for Paged {
         v_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let queries = f32_slice(q, q_layout, NAME)?;
-        let panels =
-            KvPanels { keys: f32_slice(k, k_layout, NAME)?, values: f32_slice(v, v_layout, NAME)? };
+        let panels = KvPanels { keys: panel(k, k_layout)?, values: panel(v, v_layout)? };
         let spans: Vec<QuerySpan<'_>> = self
             .spans
             .iter()
@@ -207,15 +221,26 @@ impl CustomOp3 for Paged {
     }
 }
 
+/// A panel of the cache: its dtype says its form.
+fn panel<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<KvPanel<'a>> {
+    #[allow(clippy::wildcard_enum_match_arm)]
+    match storage {
+        CpuStorage::F32(_) => Ok(KvPanel::F32(whole_slice(storage, layout, NAME)?)),
+        CpuStorage::BF16(_) => Ok(KvPanel::Bf16(whole_slice(storage, layout, NAME)?)),
+        CpuStorage::U8(_) => Ok(KvPanel::Int8(whole_slice(storage, layout, NAME)?)),
+        _ => Err(mismatch(NAME, NO_FORM)),
+    }
+}
+
 struct WriteCache {
-    panel: Panel,
+    side: KvSide,
     shape: AttentionShape,
     slots: Arc<[u32]>,
 }
 
 impl InplaceOp2 for WriteCache {
     fn name(&self) -> &'static str {
-        "write_cache"
+        WRITE
     }
 
     fn cpu_fwd(
@@ -225,22 +250,19 @@ impl InplaceOp2 for WriteCache {
         rows: &CpuStorage,
         layout: &Layout,
     ) -> Result<()> {
-        let rows = f32_slice(rows, layout, NAME)?;
-        let CpuStorage::F32(panel) = panel else {
-            return Err(mismatch("write_cache", "the cache is not f32"));
+        let rows = f32_slice(rows, layout, WRITE)?;
+        #[allow(clippy::wildcard_enum_match_arm)]
+        let panel = match panel {
+            CpuStorage::F32(panel) => KvPanelMut::F32(panel),
+            CpuStorage::BF16(panel) => KvPanelMut::Bf16(panel),
+            CpuStorage::U8(panel) => KvPanelMut::Int8(panel),
+            _ => return Err(mismatch(WRITE, NO_FORM)),
         };
-        let block_len = match self.panel {
-            Panel::Keys => self.shape.key_block_len(),
-            Panel::Values => self.shape.value_block_len(),
-        };
-        let capacity = panel.len() / block_len * LANES;
+        let capacity = panel.capacity(&self.shape, self.side);
         if let Some(slot) = self.slots.iter().find(|slot| **slot as usize >= capacity) {
-            return Err(mismatch("write_cache", &format!("slot {slot} of {capacity}")));
+            return Err(mismatch(WRITE, &format!("slot {slot} of {capacity}")));
         }
-        match self.panel {
-            Panel::Keys => self.shape.write_keys(rows, &self.slots, panel),
-            Panel::Values => self.shape.write_values(rows, &self.slots, panel),
-        }
+        self.shape.write(self.side, rows, &self.slots, panel);
         Ok(())
     }
 }

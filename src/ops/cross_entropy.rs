@@ -6,6 +6,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 
 use super::{
+    soft_cap::slope,
     storage::{f32_slice, mismatch, tensor, with_f32},
     weight::Weight,
 };
@@ -25,6 +26,19 @@ const MIN_ROWS: usize = 96;
 /// # Errors
 /// Where shapes or dtypes do not fit, or a target lies outside the vocabulary.
 pub fn cross_entropy(hidden: &Tensor, weight: &Weight, targets: &[u32]) -> Result<Tensor> {
+    capped_cross_entropy(hidden, weight, targets, None)
+}
+
+/// [`cross_entropy`] of logits that become `cap * tanh(logit / cap)` first, where there is a cap.
+///
+/// # Errors
+/// As [`cross_entropy`].
+pub fn capped_cross_entropy(
+    hidden: &Tensor,
+    weight: &Weight,
+    targets: &[u32],
+    soft_cap: Option<f64>,
+) -> Result<Tensor> {
     let (vocab, size) = weight.dims2()?;
     let (rows, hidden_size) = hidden.dims2()?;
     if rows != targets.len() || hidden_size != size {
@@ -35,7 +49,9 @@ pub fn cross_entropy(hidden: &Tensor, weight: &Weight, targets: &[u32]) -> Resul
     if let Some(target) = targets.iter().find(|target| **target as usize >= vocab) {
         return Err(mismatch(NAME, &format!("target {target} in a vocabulary of {vocab}")));
     }
-    let job = Job { targets: targets.into(), vocab, size };
+    #[allow(clippy::cast_possible_truncation)]
+    let soft_cap = soft_cap.map(|cap| cap as f32);
+    let job = Job { targets: targets.into(), vocab, size, soft_cap };
     let hidden = hidden.contiguous()?;
     match weight {
         Weight::Plain(weight) => hidden.apply_op2(weight, TrainableHead { job }),
@@ -54,6 +70,7 @@ struct Job {
     targets: Arc<[u32]>,
     vocab: usize,
     size: usize,
+    soft_cap: Option<f32>,
 }
 
 impl Job {
@@ -76,8 +93,17 @@ impl Job {
                 Head::Packed(weight) => weight.linear(best(), x, None, logits),
                 Head::Rows(weight) => kernels::linear(best(), x, weight, size, logits),
             }
+            if let Some(cap) = self.soft_cap {
+                for_each_rows(logits, vocab, vocab * 8, |_, logits| best().soft_cap(logits, cap));
+            }
             body(index * rows, x, logits);
         }
+    }
+
+    /// The derivatives of a row's capped logits by the uncapped ones; empty without a cap.
+    fn slopes(&self, row: &[f32]) -> Vec<f32> {
+        let slopes = self.soft_cap.map(|cap| row.iter().map(|logit| slope(*logit, cap)).collect());
+        slopes.unwrap_or_default()
     }
 
     #[allow(clippy::float_cmp)]
@@ -100,7 +126,7 @@ impl Job {
         CpuStorage::F32(column(0).chain(column(1)).collect())
     }
 
-    /// `dlogits = (softmax - onehot) * dnll`, from it `dhidden = dlogits W`, and `dW = dlogits^T hidden`
+    /// `dlogits = (softmax - onehot) * dnll`, times the slope of a soft cap, from it `dhidden = dlogits W`, and `dW = dlogits^T hidden`
     /// of a trained head.
     fn backward(
         &self,
@@ -118,9 +144,11 @@ impl Job {
             for_each_rows(logits, vocab, vocab * 8, |start, logits| {
                 for (index, row) in logits.chunks_exact_mut(vocab).enumerate() {
                     let at = first + start + index;
+                    let slopes = self.slopes(row);
                     let (max, sum) = best().softmax_stats(row);
                     best().softmax_scaled(row, max, grad[at] / sum);
                     row[self.targets[at] as usize] -= grad[at];
+                    row.iter_mut().zip(slopes).for_each(|(grad, slope)| *grad *= slope);
                 }
             });
             let rows = x.len() / size;

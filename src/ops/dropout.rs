@@ -45,7 +45,7 @@ impl CustomOp1 for Dropout {
 
 /// The next number in `[0, 1)` of SplitMix64 (Steele et al. 2014).
 #[allow(clippy::cast_precision_loss)]
-fn uniform(state: &mut u64) -> f32 {
+pub(super) fn uniform(state: &mut u64) -> f32 {
     *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
     let mut z = *state;
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
 use super::{
+    profile::{Op, time},
     storage::{f32_slice, mismatch, tensor, with_f32},
     weight::Weight,
 };
@@ -16,6 +17,7 @@ const NAME: &str = "embedding";
 /// # Errors
 /// Where an id lies outside the table.
 pub fn embedding(table: &Weight, ids: &[u32]) -> Result<Tensor> {
+    let _time = time(Op::Embedding);
     let (vocab, hidden) = table.dims2()?;
     if let Some(id) = ids.iter().find(|id| **id as usize >= vocab) {
         return Err(mismatch(NAME, &format!("token id {id} in a vocabulary of {vocab}")));

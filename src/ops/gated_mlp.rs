@@ -1,25 +1,49 @@
-//! The gate of a SwiGLU feed-forward layer (Shazeer 2020, <https://arxiv.org/abs/2002.05202>).
+//! The gate of a gated feed-forward layer, SwiGLU or GeGLU (Shazeer 2020,
+//! <https://arxiv.org/abs/2002.05202>).
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 
-use super::storage::{f32_slice, mismatch, tensor, with_f32};
+use super::{
+    profile::{Op, time},
+    storage::{f32_slice, mismatch, tensor, with_f32},
+};
 use crate::kernels::{best, for_each_rows, for_each_rows_of_two};
 
-const NAME: &str = "silu_mul";
+const NAME: &str = "gated_mul";
 /// Multiply-adds that an element's exponential is worth.
 const WORK: usize = 8;
+
+/// What a gate goes through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `g * sigmoid(g)`
+    Silu,
+    /// GELU by its hyperbolic tangent: `g (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3))) / 2`
+    GeluTanh,
+}
 
 /// `silu(gate) * up`, both `[rows, intermediate]`, f32.
 ///
 /// # Errors
 /// Where shapes or dtypes do not fit.
 pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    gate.contiguous()?.apply_op2(&up.contiguous()?, SiluMul)
+    gated_mul(Activation::Silu, gate, up)
 }
 
-struct SiluMul;
+/// `activation(gate) * up`, both `[rows, intermediate]`, f32.
+///
+/// # Errors
+/// Where shapes or dtypes do not fit.
+pub fn gated_mul(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    let _time = time(Op::Gate);
+    gate.contiguous()?.apply_op2(&up.contiguous()?, GatedMul { activation })
+}
 
-impl CustomOp2 for SiluMul {
+struct GatedMul {
+    activation: Activation,
+}
+
+impl CustomOp2 for GatedMul {
     fn name(&self) -> &'static str {
         NAME
     }
@@ -38,7 +62,11 @@ impl CustomOp2 for SiluMul {
         let mut out = vec![0.0; gate.len()];
         for_each_rows(&mut out, 1, WORK, |start, out| {
             let range = start..start + out.len();
-            best().silu_mul(&gate[range.clone()], &up[range], out);
+            let (gate, up) = (&gate[range.clone()], &up[range]);
+            match self.activation {
+                Activation::Silu => best().silu_mul(gate, up, out),
+                Activation::GeluTanh => best().gelu_mul(gate, up, out),
+            }
         });
         Ok((CpuStorage::F32(out), gate_layout.shape().clone()))
     }
@@ -59,7 +87,14 @@ impl CustomOp2 for SiluMul {
                     for_each_rows_of_two(outputs.0, outputs.1, (1, 1), WORK, |start, a, b| {
                         let range = start..start + a.len();
                         let inputs = (&gate[range.clone()], &up[range.clone()]);
-                        best().silu_mul_backward(inputs, &grad[range], (a, b));
+                        match self.activation {
+                            Activation::Silu => {
+                                best().silu_mul_backward(inputs, &grad[range], (a, b));
+                            }
+                            Activation::GeluTanh => {
+                                best().gelu_mul_backward(inputs, &grad[range], (a, b));
+                            }
+                        }
                     });
                     Ok(())
                 })

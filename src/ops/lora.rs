@@ -5,8 +5,11 @@ use std::{ops::Range, sync::Arc};
 
 use candle_core::{CpuStorage, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor};
 
-use super::storage::{f32_slice, mismatch, tensor, with_f32};
-use crate::kernels::{LoraSegment, MatmulJob, PackedWeight, WeightForm, add_lora, best, linear};
+use super::{
+    profile::{Op, time},
+    storage::{f32_slice, mismatch, tensor, with_f32},
+};
+use crate::kernels::{LoraSegment, MatmulJob, PackedWeight, add_lora, best, linear};
 
 const NAME: &str = "lora";
 
@@ -33,7 +36,8 @@ impl std::fmt::Debug for LoraPart {
 }
 
 impl LoraPart {
-    /// Packs `a [rank, in]` and `b [out, rank]`, f32.
+    /// Packs `a [rank, in]` and `b [out, rank]`, f32; in half the bytes where every value is one of bf16 or
+    /// f16, as those of a file of 16 bits are.
     ///
     /// # Errors
     /// Other shapes or dtypes.
@@ -44,7 +48,7 @@ impl LoraPart {
         let pack = |tensor: &Tensor| {
             let columns = tensor.dims2()?.1;
             with_f32(tensor, NAME, |values| {
-                Ok(Arc::new(PackedWeight::from_f32(WeightForm::F32, values, columns)))
+                Ok(Arc::new(PackedWeight::from_f32_exact(values, columns)))
             })
         };
         Ok(Self { a: pack(a)?, b: pack(b)?, scale: narrow(scale) })
@@ -61,6 +65,13 @@ pub fn add_in_place(
     x: &Tensor,
     segments: Vec<(Range<usize>, LoraPart)>,
 ) -> Result<()> {
+    let _time = time(Op::Lora).work(|| {
+        let of = |(rows, LoraPart { a, b, .. }): &(Range<usize>, LoraPart)| {
+            let elements: usize = [a, b].iter().map(|m| m.shape().iter().product::<usize>()).sum();
+            (a.num_bytes() + b.num_bytes(), 2 * rows.len() * elements)
+        };
+        segments.iter().map(of).fold((0, 0), |sum, part| (sum.0 + part.0, sum.1 + part.1))
+    });
     output.inplace_op2(&x.contiguous()?, &AddRows { segments })
 }
 

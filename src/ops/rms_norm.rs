@@ -2,7 +2,10 @@
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 
-use super::storage::{f32_slice, mismatch, tensor, with_f32};
+use super::{
+    profile::{Op, time},
+    storage::{f32_slice, mismatch, tensor, with_f32},
+};
 use crate::kernels::{RmsNormGradient, best, for_each_rows};
 
 const NAME: &str = "rms_norm";
@@ -12,6 +15,7 @@ const NAME: &str = "rms_norm";
 /// # Errors
 /// Where shapes or dtypes do not fit.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    let _time = time(Op::Norm);
     #[allow(clippy::cast_possible_truncation)]
     let eps = eps as f32;
     x.contiguous()?.apply_op2(weight, RmsNorm { eps })

@@ -5,7 +5,10 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
-use super::storage::{f32_slice, mismatch};
+use super::{
+    profile::{Op, time},
+    storage::{f32_slice, mismatch},
+};
 use crate::kernels::for_each_rows;
 
 const NAME: &str = "rope";
@@ -43,6 +46,7 @@ impl Angles {
 /// # Errors
 /// Where shapes or dtypes do not fit.
 pub fn rope(x: &Tensor, angles: &Angles) -> Result<Tensor> {
+    let _time = time(Op::Rope);
     x.contiguous()?.apply_op1(Rope { angles: angles.clone(), direction: 1.0 })
 }
 

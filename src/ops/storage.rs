@@ -18,8 +18,20 @@ pub(super) fn f32_slice<'a>(
     Ok(&storage.as_slice::<f32>()?[range(layout, op)?])
 }
 
-/// Runs `body` on the f32 elements of a tensor.
-pub(super) fn with_f32<T>(
+/// The elements of a contiguous CPU tensor of any dtype.
+pub(super) fn whole_slice<'a, T: candle_core::WithDType>(
+    storage: &'a CpuStorage,
+    layout: &Layout,
+    op: &'static str,
+) -> Result<&'a [T]> {
+    Ok(&storage.as_slice::<T>()?[range(layout, op)?])
+}
+
+/// Runs `body` on the f32 elements of a tensor, where they are. `op` is for the message.
+///
+/// # Errors
+/// Another dtype, another device, and what `body` says.
+pub fn with_f32<T>(
     tensor: &Tensor,
     op: &'static str,
     body: impl FnOnce(&[f32]) -> Result<T>,

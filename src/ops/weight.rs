@@ -6,6 +6,9 @@ use candle_core::{DType, Device, Error, Result, Tensor};
 
 use crate::kernels::{PackedWeight, WeightForm};
 
+/// Unpacked weights held at a time.
+const BYTES_AT_ONCE: usize = 8 << 20;
+
 /// How exactly frozen matrices are held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
@@ -101,6 +104,42 @@ impl Weight {
             Self::Packed(packed) => {
                 let shape = packed.shape().to_vec();
                 Tensor::from_raw_buffer(&packed.unpack(), self.dtype(), &shape, &Device::Cpu)
+            }
+        }
+    }
+
+    /// Calls `body` on the bytes of [`to_tensor`](Self::to_tensor), little endian, some rows at a time.
+    ///
+    /// # Errors
+    /// Where a plain tensor cannot be read.
+    pub fn for_each_bytes(&self, mut body: impl FnMut(&[u8])) -> Result<()> {
+        match self {
+            Self::Plain(tensor) => body(&little_endian(tensor)?),
+            Self::Packed(packed) => {
+                let [rows, columns] = packed.shape();
+                let at_once = (BYTES_AT_ONCE / (4 * columns.max(1))).max(1);
+                for first in (0..rows).step_by(at_once) {
+                    body(&packed.unpack_rows(first..(first + at_once).min(rows)));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A row as f32.
+    ///
+    /// # Errors
+    /// Where a plain tensor cannot be read.
+    ///
+    /// # Panics
+    /// Where there is no such row.
+    pub fn row(&self, row: usize) -> Result<Vec<f32>> {
+        match self {
+            Self::Plain(tensor) => tensor.get(row)?.to_dtype(DType::F32)?.to_vec1(),
+            Self::Packed(packed) => {
+                let mut values = vec![0.0; packed.shape()[1]];
+                packed.row(row, &mut values);
+                Ok(values)
             }
         }
     }

@@ -7,7 +7,7 @@
 use std::{
     borrow::Cow,
     collections::HashMap,
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -16,7 +16,7 @@ use safetensors::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
 
 use super::{AdamW, EventLog, Moments, Recipe, TrainError, workspace::EVENTS_FILE};
-use crate::publish::{publish_dir, sha256_file, sha256_hex};
+use crate::publish::{disk, publish_dir, sha256_file, sha256_hex};
 
 /// Checkpoints that are kept: the newest, and one to fall back to.
 const NUM_KEPT: usize = 2;
@@ -53,8 +53,8 @@ struct State {
     events_sha256: String,
 }
 
-/// Writes the checkpoint of `optimizer` after `step` steps into the folder `checkpoints` and
-/// removes all but the newest two. Returns its path.
+/// Writes the checkpoint of `optimizer` after `step` steps into the folder `checkpoints`. Returns its
+/// path.
 ///
 /// # Errors
 /// Any I/O error; older checkpoints are then untouched.
@@ -67,14 +67,11 @@ pub fn write_checkpoint(
 ) -> Result<PathBuf, TrainError> {
     let path = checkpoints.join(format!("step-{step:08}"));
     publish_dir(&path, |dir| -> Result<(), TrainError> {
-        let failed = |error: safetensors::SafeTensorError| TrainError::Checkpoint {
-            path: path.clone(),
-            reason: error.to_string(),
-        };
-        let tensors = dir.join(TENSORS_FILE);
-        safetensors::serialize_to_file(state_tensors(optimizer)?, None, &tensors)
-            .map_err(failed)?;
-        fs::write(dir.join(EVENTS_FILE), log.text())?;
+        let (tensors, saved) = (dir.join(TENSORS_FILE), state_tensors(optimizer)?);
+        disk::write_with(&tensors, || {
+            safetensors::serialize_to_file(saved, None, &tensors).map_err(io::Error::other)
+        })?;
+        disk::write(&dir.join(EVENTS_FILE), log.text())?;
         let state = State {
             step,
             recipe: recipe.clone(),
@@ -83,12 +80,20 @@ pub fn write_checkpoint(
         };
         let sha256 = state.sha256();
         let json = serde_json::to_string_pretty(&StateFile { state, sha256 });
-        Ok(fs::write(dir.join(STATE_FILE), json.expect("plain data is always JSON"))?)
+        Ok(disk::write(&dir.join(STATE_FILE), json.expect("plain data is always JSON"))?)
     })?;
-    for old in newest_first(checkpoints)?.into_iter().skip(NUM_KEPT) {
-        fs::remove_dir_all(old)?;
-    }
     Ok(path)
+}
+
+/// Removes all but the newest two checkpoints in the folder `checkpoints`.
+///
+/// # Errors
+/// Any I/O error; the newest two are untouched.
+pub fn prune_checkpoints(checkpoints: &Path) -> Result<(), TrainError> {
+    for old in newest_first(checkpoints)?.into_iter().skip(NUM_KEPT) {
+        disk::remove_dir_all(&old)?;
+    }
+    Ok(())
 }
 
 /// The newest checkpoint in the folder `checkpoints` that is whole; `skipped` learns about the ones

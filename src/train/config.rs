@@ -1,6 +1,6 @@
 //! What a training run is asked to do, checked once at the door.
 
-use std::{fmt, path::PathBuf};
+use std::{collections::BTreeMap, fmt, path::PathBuf};
 
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
@@ -32,6 +32,18 @@ pub struct TrainConfig {
     pub objective: Objective,
     /// How strongly `dpo` holds on to the adapter that it started from, above 0 and at most 2.
     pub dpo_beta: f64,
+    /// How `dpo` takes the margin of a pair.
+    pub dpo_loss: PairLoss,
+    /// Share of pairs that `dpo` takes to be labelled the wrong way round, 0 to below 0.5.
+    pub dpo_label_smoothing: f64,
+    /// Weight of the likelihood of the preferred answers that `dpo` adds to its loss.
+    pub dpo_sft_weight: f64,
+    /// Weight of the odds ratio in the loss of `orpo`, above 0 and at most 2.
+    pub orpo_beta: f64,
+    /// Share of the supervised loss that asks for all tokens alike, 0 to below 1.
+    pub label_smoothing: f64,
+    /// NEFTune's alpha: noise on the embeddings while training; 0 = none.
+    pub neftune_alpha: f64,
     /// LoRA rank r.
     pub rank: usize,
     /// LoRA alpha; the update is scaled by alpha / r (alpha / sqrt(r) with `rslora`).
@@ -42,6 +54,24 @@ pub struct TrainConfig {
     pub targets: Targets,
     /// Scale by alpha / sqrt(r).
     pub rslora: bool,
+    /// How A and B change a projection: `lora`, or `dora` with a trained length for each row.
+    pub variant: String,
+    /// Ranks of some modules: a regular expression for the end of a module's path -> rank.
+    pub rank_pattern: Map<String, Value>,
+    /// Alphas of some modules, likewise.
+    pub alpha_pattern: Map<String, Value>,
+    /// Layers that get an adapter, from 0; none named: all.
+    pub layers: Vec<usize>,
+    /// Modules that get none, by the end of their path.
+    pub exclude: Vec<String>,
+    /// Tables that are trained whole: `embed_tokens`, `lm_head`.
+    pub modules_to_save: Vec<String>,
+    /// Tokens, by their id, whose rows of the tables are trained.
+    pub train_tokens: Vec<u32>,
+    /// Tokens that the tokenizer gets, or a file with one on each line; their rows are trained.
+    pub new_tokens: NewTokens,
+    /// Tokens whose rows start as the mean of others' rows: what `new_tokens` were written with before.
+    pub token_starts: BTreeMap<u32, Vec<u32>>,
     /// An adapter folder to start from instead of a fresh one.
     pub init_adapter: Option<PathBuf>,
     /// Peak learning rate; the default depends on the method, see [`TrainConfig::learning_rate`].
@@ -88,6 +118,18 @@ pub struct TrainConfig {
     pub epoch_dir: Option<PathBuf>,
     /// Adapters that are kept there: the newest.
     pub keep_epochs: usize,
+    /// End the run when the validation loss has not become better for so many validations.
+    pub early_stopping_patience: Option<usize>,
+    /// By how much a validation loss must be below the best to count as better there.
+    pub early_stopping_threshold: f64,
+    /// Publish what was trained when the validation loss was lowest, instead of the last.
+    pub keep_best: bool,
+    /// Publish the last as well, as `<output>.last`.
+    pub keep_last: bool,
+    /// Values of settings of which every combination is trained over the one base: key -> values.
+    pub sweep: BTreeMap<String, Vec<Value>>,
+    /// Leave the worse half of a sweep behind at halves, quarters, ... of the way.
+    pub sweep_halving: bool,
     /// Warn when the loss was above three times its median for so many steps; 0 = never.
     pub spike_steps: usize,
     /// End the run there instead.
@@ -134,6 +176,27 @@ pub enum Objective {
     /// Direct preference optimization: that preferred answers gain on the others, compared with the
     /// adapter at the start.
     Dpo,
+    /// Odds-ratio preference optimization: the likelihood of the preferred answers, and that their odds
+    /// are better than the others'.
+    Orpo,
+}
+
+impl Objective {
+    /// Whether its rows are pairs of answers.
+    #[must_use]
+    pub fn wants_pairs(self) -> bool {
+        self != Self::Sft
+    }
+}
+
+/// The loss of a pair's margin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PairLoss {
+    /// `-log sigmoid`; with smoothed labels conservative DPO.
+    Sigmoid,
+    /// With smoothed labels robust DPO, which is unbiased where so many labels are wrong.
+    Robust,
 }
 
 /// How the learning rate changes after the warm-up.
@@ -170,6 +233,11 @@ pub enum WeightDtype {
     Bf16,
 }
 
+/// New tokens, or one file that has them: a list or a text with commas.
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+#[serde(transparent)]
+pub struct NewTokens(pub Vec<String>);
+
 /// Projections named by the user: `all-linear`, one name or a list.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(transparent)]
@@ -187,11 +255,26 @@ impl Default for TrainConfig {
             method: Method::Lora,
             objective: Objective::Sft,
             dpo_beta: 0.1,
+            dpo_loss: PairLoss::Sigmoid,
+            dpo_label_smoothing: 0.0,
+            dpo_sft_weight: 0.0,
+            orpo_beta: 0.1,
+            label_smoothing: 0.0,
+            neftune_alpha: 0.0,
             rank: 16,
             alpha: 32.0,
             dropout: 0.0,
             targets: Targets(vec!["all-linear".to_owned()]),
             rslora: false,
+            variant: "lora".to_owned(),
+            rank_pattern: Map::new(),
+            alpha_pattern: Map::new(),
+            layers: Vec::new(),
+            exclude: Vec::new(),
+            modules_to_save: Vec::new(),
+            train_tokens: Vec::new(),
+            new_tokens: NewTokens::default(),
+            token_starts: BTreeMap::new(),
             init_adapter: None,
             lr: None,
             schedule: ScheduleKind::Linear,
@@ -215,6 +298,12 @@ impl Default for TrainConfig {
             samples: 4,
             epoch_dir: None,
             keep_epochs: 3,
+            early_stopping_patience: None,
+            early_stopping_threshold: 0.0,
+            keep_best: false,
+            keep_last: false,
+            sweep: BTreeMap::new(),
+            sweep_halving: false,
             spike_steps: 5,
             stop_on_spike: false,
             parity_examples: 0,
@@ -246,6 +335,11 @@ const FREE_KEYS: &[&str] = &[
     "samples",
     "epoch_dir",
     "keep_epochs",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+    "keep_last",
+    "sweep",
+    "sweep_halving",
     "spike_steps",
     "stop_on_spike",
     "parity_examples",
@@ -298,32 +392,83 @@ impl TrainConfig {
         require(self.valid_batch != Some(0), "valid_batch", &0, "at least 1")?;
         require(self.keep_epochs > 0, "keep_epochs", &0, "at least 1")?;
         self.check_objective()?;
+        self.check_choice()?;
         self.targets.projections()?;
         let adapter_only = self.method == Method::Lora || self.init_adapter.is_none();
         require(adapter_only, "init_adapter", &"set", "unset with method full")?;
+        let own_rows = !self.modules_to_save.is_empty() || !self.train_tokens.is_empty();
+        let value = "modules_to_save or train_tokens";
+        let trained = self.method == Method::Lora || !own_rows;
+        require(trained, "method", &value, "lora where single tables are trained")?;
         let exact_only = self.method == Method::Lora || self.quantize == Quantization::None;
         require(exact_only, "quantize", &self.quantize, "none with method full")
+    }
+
+    fn check_choice(&self) -> Result<(), TrainError> {
+        let patience = self.early_stopping_patience;
+        require(patience != Some(0), "early_stopping_patience", &0, "at least 1")?;
+        let threshold = self.early_stopping_threshold;
+        let allowed = "0 or more";
+        let holds = threshold.is_finite() && threshold >= 0.0;
+        require(holds, "early_stopping_threshold", &threshold, allowed)?;
+        require(self.keep_best || !self.keep_last, "keep_last", &true, "unset without keep_best")?;
+        let sweeps = !self.sweep.is_empty();
+        require(sweeps || !self.sweep_halving, "sweep_halving", &true, "unset without sweep")?;
+        let adapter = self.method == Method::Lora;
+        require(adapter || !sweeps, "sweep", &"set", "unset with method full")?;
+        let plain = self.epoch_dir.is_none() && self.time_limit.is_none();
+        require(plain || !sweeps, "sweep", &"set", "unset with epoch_dir or time_limit")
     }
 
     fn check_objective(&self) -> Result<(), TrainError> {
         let beta = self.dpo_beta;
         require(beta > 0.0 && beta <= 2.0, "dpo_beta", &beta, "above 0 and at most 2")?;
+        let beta = self.orpo_beta;
+        require(beta > 0.0 && beta <= 2.0, "orpo_beta", &beta, "above 0 and at most 2")?;
+        let smoothing = self.dpo_label_smoothing;
+        require(
+            (0.0..0.5).contains(&smoothing),
+            "dpo_label_smoothing",
+            &smoothing,
+            "0 to below 0.5",
+        )?;
+        let weight = self.dpo_sft_weight;
+        require(weight.is_finite() && weight >= 0.0, "dpo_sft_weight", &weight, "0 or more")?;
+        let smoothing = self.label_smoothing;
+        require((0.0..1.0).contains(&smoothing), "label_smoothing", &smoothing, "0 to below 1")?;
+        let alpha = self.neftune_alpha;
+        require(alpha.is_finite() && alpha >= 0.0, "neftune_alpha", &alpha, "0 or more")?;
         let supervised = self.objective == Objective::Sft;
+        require(
+            supervised || self.label_smoothing == 0.0,
+            "label_smoothing",
+            &self.label_smoothing,
+            "0 with preferences; dpo has dpo_label_smoothing",
+        )?;
         let adapter = self.method == Method::Lora;
-        require(supervised || adapter, "objective", &"dpo", "sft with method full")?;
-        let answers = self.loss_on == LossTokens::Assistant;
-        let loss_on = if self.loss_on == LossTokens::Auto { "auto" } else { "all" };
-        require(supervised || answers, "loss_on", &loss_on, "assistant with objective dpo")?;
+        let dpo = self.objective == Objective::Dpo;
+        require(!dpo || adapter, "objective", &"dpo", "sft or orpo with method full")?;
+        let (loss_on, allowed) = (self.loss_on, "assistant with objective dpo");
+        require(!dpo || loss_on == LossTokens::Assistant, "loss_on", &loss_on, allowed)?;
+        let allowed = "assistant or all with objective orpo";
+        require(supervised || loss_on != LossTokens::Auto, "loss_on", &loss_on, allowed)?;
         let epochs = adapter || self.epoch_dir.is_none();
         require(epochs, "epoch_dir", &"set", "unset with method full")
     }
 
-    /// The peak learning rate: as given, else 2e-4 for LoRA (5e-5 with `dpo`), 2e-5 for all weights
-    /// of a trained model and 1e-3 from random ones.
+    /// The tokens that count in an example: of a pair always those of the answers. That `orpo` with
+    /// `loss_on: all` counts the preferred answers' prompts as well is the objective's to know.
+    #[must_use]
+    pub fn encoded_tokens(&self) -> LossOn {
+        if self.objective.wants_pairs() { LossOn::Assistant } else { self.loss_on.into() }
+    }
+
+    /// The peak learning rate: as given, else 2e-4 for LoRA (5e-5 with preferences), 2e-5 for all
+    /// weights of a trained model and 1e-3 from random ones.
     #[must_use]
     pub fn learning_rate(&self, from_random: bool) -> f64 {
         let default = match self.method {
-            Method::Lora if self.objective == Objective::Dpo => 5e-5,
+            Method::Lora if self.objective.wants_pairs() => 5e-5,
             Method::Lora => 2e-4,
             Method::Full if from_random => 1e-3,
             Method::Full => 2e-5,
@@ -342,6 +487,14 @@ impl TrainConfig {
             dropout: self.dropout,
             targets: self.targets.projections()?,
             use_rslora: self.rslora,
+            variant: self.variant.clone(),
+            rank_pattern: self.rank_pattern.clone(),
+            alpha_pattern: self.alpha_pattern.clone(),
+            layers: self.layers.clone(),
+            exclude: self.exclude.clone(),
+            modules_to_save: self.modules_to_save.clone(),
+            token_ids: self.train_tokens.clone(),
+            token_starts: self.token_starts.clone(),
         })
     }
 
@@ -386,19 +539,29 @@ impl Targets {
 }
 
 impl<'de> Deserialize<'de> for Targets {
-    /// A list of names, or one string with the names separated by commas.
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(untagged)]
-        enum OneOrMany {
-            One(String),
-            Many(Vec<String>),
-        }
-        Ok(Self(match OneOrMany::deserialize(deserializer)? {
-            OneOrMany::Many(names) => names,
-            OneOrMany::One(names) => names.split(',').map(|name| name.trim().to_owned()).collect(),
-        }))
+        names(deserializer).map(Self)
     }
+}
+
+impl<'de> Deserialize<'de> for NewTokens {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        names(deserializer).map(Self)
+    }
+}
+
+/// A list of names, or one string with the names separated by commas.
+fn names<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum OneOrMany {
+        One(String),
+        Many(Vec<String>),
+    }
+    Ok(match OneOrMany::deserialize(deserializer)? {
+        OneOrMany::Many(names) => names,
+        OneOrMany::One(names) => names.split(',').map(|name| name.trim().to_owned()).collect(),
+    })
 }
 
 impl From<LossTokens> for LossOn {

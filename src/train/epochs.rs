@@ -10,6 +10,7 @@ use std::{
 };
 
 use super::{TrainConfig, TrainError};
+use crate::publish::disk;
 
 /// Where the adapter after `step` steps goes.
 pub(super) fn folder(epoch_dir: &Path, step: usize) -> PathBuf {
@@ -21,13 +22,13 @@ pub(super) fn folder(epoch_dir: &Path, step: usize) -> PathBuf {
 pub(super) fn prepare(config: &TrainConfig) -> Result<(), TrainError> {
     let Some(dir) = &config.epoch_dir else { return Ok(()) };
     let at = |source| TrainError::File { path: dir.clone(), source };
-    fs::create_dir_all(dir).map_err(at)?;
+    disk::create_dir_all(dir)?;
     for entry in fs::read_dir(dir).map_err(at)? {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let half_written = name.split_once(".tmp-").is_some_and(|(name, _)| is_epoch(name));
         if half_written || (is_epoch(&name) && config.overwrite && !config.resume) {
-            fs::remove_dir_all(&path)?;
+            disk::remove_dir_all(&path)?;
         } else if is_epoch(&name) && !config.resume {
             return Err(TrainError::OutputExists(path));
         }
@@ -45,7 +46,7 @@ pub(super) fn prune(epoch_dir: &Path, step: usize, keep: usize) -> Result<(), Tr
     }
     found.sort_unstable();
     for old in found.into_iter().rev().skip(keep) {
-        fs::remove_dir_all(folder(epoch_dir, old))?;
+        disk::remove_dir_all(&folder(epoch_dir, old))?;
     }
     Ok(())
 }

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 /// Something that happened. Losses are mean negative log-likelihoods per trained token, in nats. With
-/// the objective `dpo` they are means over pairs, and `token_accuracy` is the share of pairs whose
-/// preferred answer has gained on the other.
+/// preferences they are means over pairs, and `token_accuracy` is the share of pairs whose preferred
+/// answer has the greater reward.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum TrainEvent {
@@ -108,6 +108,41 @@ pub enum TrainEvent {
         step: usize,
         /// Its folder.
         path: PathBuf,
+    },
+    /// The run waits at a step border, its state in a checkpoint.
+    Paused {
+        /// Steps made.
+        step: usize,
+    },
+    /// It goes on.
+    Continued {
+        /// Steps made.
+        step: usize,
+        /// How long it has waited.
+        seconds: f64,
+    },
+    /// With `keep_best`: what is published is what was trained after this step.
+    Best {
+        /// Steps made before the best validation.
+        step: usize,
+        /// Its loss.
+        loss: f64,
+    },
+    /// Of a sweep: this candidate is the next to be trained. Not in the candidate's own log.
+    Candidate {
+        /// Its name.
+        name: String,
+        /// The steps up to which it is trained now.
+        until: usize,
+    },
+    /// Of a sweep: this candidate is not trained any further. Not in the candidate's own log.
+    Eliminated {
+        /// Its name.
+        name: String,
+        /// Steps made.
+        step: usize,
+        /// Its validation loss; `None` if it has failed.
+        loss: Option<f64>,
     },
     /// The run was asked to stop; a checkpoint waits for `resume`.
     Stopped {

@@ -5,6 +5,7 @@
 //! tells what happens through an observer.
 
 mod backward;
+mod base;
 mod batches;
 mod checkpoint;
 mod config;
@@ -15,9 +16,12 @@ mod objective;
 mod optimizer;
 mod output;
 mod parity;
+mod preference;
 mod recipe;
 mod report;
 mod schedule;
+mod surroundings;
+mod sweep;
 mod trainable;
 mod trainer;
 mod validation;
@@ -26,22 +30,30 @@ mod workspace;
 
 use std::{io, path::PathBuf};
 
+use base::Base;
+
 pub use backward::{Gradients, clip_factor};
 pub use batches::{BatchPlan, MicroBatch, split_by_tokens};
-pub use checkpoint::{Checkpoint, newest_checkpoint, write_checkpoint};
-pub use config::{LossTokens, Method, Objective, ScheduleKind, Targets, TrainConfig, WeightDtype};
+pub use checkpoint::{Checkpoint, newest_checkpoint, prune_checkpoints, write_checkpoint};
+pub use config::{
+    LossTokens, Method, NewTokens, Objective, PairLoss, ScheduleKind, Targets, TrainConfig,
+    WeightDtype,
+};
 pub use events::{EventLog, Rewards, TrainEvent};
 pub use examiner::{Candidate, Examination, Examiner, Generated, Scored};
 pub use optimizer::{AdamW, AdamWConfig, Moments};
 pub use recipe::Recipe;
 pub use report::loss_curve_svg;
 pub use schedule::{Schedule, warmup_steps};
-pub use trainer::{num_workers, rehearse, run, run_examined};
+pub use surroundings::Surroundings;
+pub use sweep::{SweepRow, SweepSummary, run_sweep, sweep_dir};
+pub use trainer::{num_workers, rehearse, run, run_with};
 pub use workspace::work_dir;
 
 use crate::adapters::AdapterError;
 use crate::data::Example;
 use crate::model::ModelError;
+use crate::publish::DiskError;
 
 /// A run, ready to start: everything that had to be read, resolved or tokenised is.
 #[derive(Debug, Clone)]
@@ -54,6 +66,8 @@ pub struct TrainJob {
     pub train: Vec<Example>,
     /// Validation examples; empty = no validation.
     pub valid: Vec<Example>,
+    /// Files of the published folder that are not the base's: name and content.
+    pub companions: Vec<(String, String)>,
     /// Where the examples came from, for the card.
     pub sources: Vec<DataSource>,
 }
@@ -78,6 +92,10 @@ pub enum Outcome {
     Finished,
     /// The time limit was reached; what there was is published.
     TimeLimit,
+    /// The validation loss has not become better for too long; what there is was published.
+    EarlyStopped,
+    /// Others of its sweep were better; what there is was published.
+    Eliminated,
     /// Asked to stop; a checkpoint waits for `resume`.
     Stopped,
 }
@@ -91,6 +109,8 @@ pub struct TrainSummary {
     pub step: usize,
     /// Optimizer steps planned.
     pub total_steps: usize,
+    /// With `keep_best`, the step after which what is published was trained.
+    pub best_step: Option<usize>,
     /// Loss of the last step; `None` before the first step.
     pub loss: Option<f64>,
     /// Loss and token accuracy on the validation rows at the end.
@@ -180,6 +200,12 @@ pub enum TrainError {
         /// Of the steps before.
         median: f64,
     },
+    /// None of a sweep's candidates came to an end.
+    #[error("the sweep has no result: {reason}")]
+    Sweep {
+        /// What became of one of them.
+        reason: String,
+    },
     /// A graph that is cut somewhere.
     #[error("no gradient reaches {parameter}")]
     NoGradient {
@@ -202,6 +228,9 @@ pub enum TrainError {
         /// The cause.
         source: io::Error,
     },
+    /// A file or folder that cannot be written, renamed, synced or removed.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// Reading or writing where no single file is to blame.
     #[error(transparent)]
     Io(#[from] io::Error),

@@ -1,18 +1,23 @@
 //! What a micro-batch contributes to the loss: the likelihood of its trained tokens, or, for pairs of
-//! answers, how much the preferred one has gained on the other (direct preference optimization).
+//! answers, how the preferred one fares against the other.
 //!
-//! The loss of a pair is `-log sigmoid(margin)`. The margin is the difference of two rewards, and an
-//! answer's reward is beta times what its log-probability has gained since the start. Its slope in
-//! either log-probability is a number that the forward pass tells, so the backward pass is that of a
-//! weighted sum of token losses, as for the likelihood.
+//! A pair's loss is a function of its two log-probabilities, and its slope in either is a number that the
+//! forward pass tells, so the backward pass is that of a weighted sum of token losses, as for the
+//! likelihood.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::{
-    MicroBatch, Objective, Rewards, TrainConfig, TrainError, batches::split_by_tokens,
-    trainable::Trainable, workers::Workers,
+    LossTokens, MicroBatch, Objective, Rewards, TrainConfig, TrainError, TrainJob,
+    batches::split_by_tokens,
+    preference::{self, Contribution},
+    trainable::Trainable,
+    workers::Workers,
 };
 use crate::data::Example;
 use crate::model::Dropout;
@@ -20,10 +25,15 @@ use crate::model::Dropout;
 /// Log-probabilities of the two answers of a pair.
 pub(super) type PairLogProbs = [f64; 2];
 
-/// A micro-batch, with what the adapter at the start made of its pairs (nothing in a supervised run).
+/// A micro-batch, with what the loss of its pairs needs besides (nothing in a supervised run).
 pub(super) struct Part {
     pub(super) batch: MicroBatch,
+    /// What the adapter at the start made of the pairs (`dpo`).
     reference: Vec<PairLogProbs>,
+    /// Which rows are of answers, where prompts count as well (`orpo` on all tokens).
+    answers: Option<Vec<bool>>,
+    /// Weight of each token loss of a preferred answer, beside its pair's own.
+    nll_weight: f64,
 }
 
 /// Sums over the units of one or more micro-batches: trained tokens, or pairs.
@@ -51,36 +61,48 @@ impl Sums {
     pub(super) fn rewards(&self, objective: Objective) -> Option<Rewards> {
         let [reward_chosen, reward_rejected] = self.rewards.map(|sum| sum / self.num_units as f64);
         let reward_margin = reward_chosen - reward_rejected;
-        (objective == Objective::Dpo).then_some(Rewards {
-            reward_chosen,
-            reward_rejected,
-            reward_margin,
-        })
+        objective.wants_pairs().then_some(Rewards { reward_chosen, reward_rejected, reward_margin })
     }
 }
 
-/// Puts the references of all pairs, in their order, beside the micro-batches that have them.
+/// The micro-batches of a step (or of a validation), with the references of all pairs in their order.
 pub(super) fn parts(
+    config: &TrainConfig,
     batches: Vec<MicroBatch>,
     mut references: impl Iterator<Item = PairLogProbs>,
 ) -> Vec<Part> {
     let part = |batch: MicroBatch| {
         let reference = references.by_ref().take(batch.lengths.len() / 2).collect();
-        Part { batch, reference }
+        let (batch, answers) = match (config.objective, config.loss_on) {
+            (Objective::Orpo, LossTokens::All) => with_prompts(&batch),
+            _ => (batch, None),
+        };
+        Part { batch, reference, answers, nll_weight: 0.0 }
     };
-    batches.into_iter().map(part).collect()
+    let mut parts: Vec<Part> = batches.into_iter().map(part).collect();
+    let weight = match config.objective {
+        Objective::Sft => return parts,
+        Objective::Dpo => config.dpo_sft_weight,
+        Objective::Orpo => 1.0,
+    };
+    // A mean over all tokens of the preferred sides, added to one over all pairs, by whose number the
+    // sum of everything is divided.
+    let num_pairs: usize = parts.iter().map(|part| part.num_units(config.objective)).sum();
+    let num_tokens: usize = parts.iter().map(Part::num_preferred).sum();
+    for part in &mut parts {
+        part.nll_weight = weight * num_pairs as f64 / num_tokens.max(1) as f64;
+    }
+    parts
 }
 
 impl Part {
     /// Trained tokens, or pairs.
     pub(super) fn num_units(&self, objective: Objective) -> usize {
-        match objective {
-            Objective::Sft => self.batch.rows.len(),
-            Objective::Dpo => self.batch.lengths.len() / 2,
-        }
+        if objective.wants_pairs() { self.batch.lengths.len() / 2 } else { self.batch.rows.len() }
     }
 
-    /// The forward pass: the sums, and a scalar whose gradient is that of the summed loss.
+    /// The forward pass of a training step: the sums, and a scalar whose gradient is that of the summed
+    /// loss.
     pub(super) fn loss(
         &self,
         model: &Trainable,
@@ -88,39 +110,135 @@ impl Part {
         dropout: Option<Dropout>,
     ) -> Result<(Sums, Tensor), TrainError> {
         let losses = model.forward(&self.batch, dropout)?;
-        let num_units = self.num_units(config.objective);
         if config.objective == Objective::Sft {
-            let sum = losses.sum()?;
-            let loss = sum.to_dtype(candle_core::DType::F64)?.to_scalar()?;
-            let num_correct = losses.num_correct;
-            return Ok((Sums { num_units, loss, num_correct, ..Sums::default() }, sum));
+            let sum = model.smoothed(&losses, &self.batch)?;
+            let sums = self.token_sums(number(&sum)?, losses.num_correct);
+            return Ok((sums, sum));
         }
-        let log_probs = pair_log_probs(&self.batch, &losses.values()?);
-        let mut sums = Sums { num_units, ..Sums::default() };
-        let mut slopes = Vec::with_capacity(self.batch.lengths.len());
-        for (now, start) in log_probs.iter().zip(&self.reference) {
-            let [chosen, rejected] = [0, 1].map(|side| config.dpo_beta * (now[side] - start[side]));
-            let margin = chosen - rejected;
-            // -log sigmoid(margin), from the side on which nothing overflows.
-            sums.loss += (-margin.abs()).exp().ln_1p() + (-margin).max(0.0);
-            sums.num_correct += f64::from(u8::from(margin > 0.0));
-            sums.rewards[0] += chosen;
-            sums.rewards[1] += rejected;
-            let slope = config.dpo_beta / (1.0 + margin.exp());
-            slopes.extend([slope, -slope]);
-        }
-        let weights: Vec<f32> = rows_of_sequences(&self.batch)
-            .zip(slopes)
-            .flat_map(|(num_rows, slope)| std::iter::repeat_n(slope as f32, num_rows))
-            .collect();
+        let (sums, weights) = self.pairs(config, &losses.values()?);
         let weights = Tensor::from_vec(weights, self.batch.rows.len(), &Device::Cpu)?;
         Ok((sums, (losses.nll * weights)?.sum_all()?))
     }
+
+    /// The sums of a forward pass over held-out rows: no dropout, no smoothing of labels.
+    pub(super) fn measure(
+        &self,
+        model: &Trainable,
+        config: &TrainConfig,
+    ) -> Result<Sums, TrainError> {
+        let losses = model.forward(&self.batch, None)?;
+        if config.objective == Objective::Sft {
+            return Ok(self.token_sums(number(&losses.sum()?)?, losses.num_correct));
+        }
+        Ok(self.pairs(config, &losses.values()?).0)
+    }
+
+    fn token_sums(&self, loss: f64, num_correct: f64) -> Sums {
+        let num_units = self.batch.rows.len();
+        Sums { num_units, loss, num_correct, ..Sums::default() }
+    }
+
+    /// The sums over the pairs, whose tokens have the losses `nll`, and each of these losses' weight in
+    /// the gradient.
+    fn pairs(&self, config: &TrainConfig, nll: &[f32]) -> (Sums, Vec<f32>) {
+        let mut sums = Sums { num_units: self.num_units(config.objective), ..Sums::default() };
+        let mut weights = vec![0.0; nll.len()];
+        for (index, sides) in rows_of_sequences(&self.batch).chunks_exact(2).enumerate() {
+            let answers = [0, 1].map(|side| self.answer(&sides[side], nll));
+            let Contribution { loss, slopes, rewards } = match config.objective {
+                Objective::Orpo => {
+                    let means = answers.map(|(log_prob, count)| log_prob / count);
+                    let mut pair = preference::orpo(config.orpo_beta, means);
+                    for (slope, (_, count)) in pair.slopes.iter_mut().zip(answers) {
+                        *slope /= count;
+                    }
+                    pair
+                }
+                Objective::Sft | Objective::Dpo => {
+                    let now = answers.map(|(log_prob, _)| log_prob);
+                    preference::dpo(config, now, self.reference[index])
+                }
+            };
+            sums.loss += loss;
+            sums.num_correct += f64::from(u8::from(rewards[0] > rewards[1]));
+            for (sum, reward) in sums.rewards.iter_mut().zip(rewards) {
+                *sum += reward;
+            }
+            for (rows, slope) in sides.iter().zip(slopes) {
+                for row in rows.clone().filter(|row| self.is_answer(*row)) {
+                    // A token's loss is minus its log-probability.
+                    weights[row] -= slope as f32;
+                }
+            }
+            for row in sides[0].clone() {
+                weights[row] += self.nll_weight as f32;
+                sums.loss += self.nll_weight * f64::from(nll[row]);
+            }
+        }
+        (sums, weights)
+    }
+
+    /// The log-probability of the answer among `rows`, and how many tokens it has.
+    fn answer(&self, rows: &Range<usize>, nll: &[f32]) -> (f64, f64) {
+        let own = || rows.clone().filter(|row| self.is_answer(*row));
+        (-own().map(|row| f64::from(nll[row])).sum::<f64>(), own().count() as f64)
+    }
+
+    fn is_answer(&self, row: usize) -> bool {
+        self.answers.as_ref().is_none_or(|answers| answers[row])
+    }
+
+    /// Counted tokens of the preferred sides.
+    fn num_preferred(&self) -> usize {
+        rows_of_sequences(&self.batch).iter().step_by(2).map(ExactSizeIterator::len).sum()
+    }
+}
+
+/// Every token but the first of the preferred sides counted, and which of all rows are of answers.
+fn with_prompts(batch: &MicroBatch) -> (MicroBatch, Option<Vec<bool>>) {
+    let MicroBatch { tokens, lengths, .. } = batch.clone();
+    let mut wider = MicroBatch { tokens, lengths, rows: Vec::new(), targets: Vec::new() };
+    let mut answers = Vec::new();
+    let mut start = 0_u32;
+    for (index, (length, own)) in batch.lengths.iter().zip(rows_of_sequences(batch)).enumerate() {
+        let length = u32::try_from(*length).expect("a micro-batch has < 2^32 tokens");
+        let counted = &batch.rows[own];
+        for row in start..start + length - 1 {
+            let is_answer = counted.binary_search(&row).is_ok();
+            if is_answer || index % 2 == 0 {
+                wider.rows.push(row);
+                wider.targets.push(batch.tokens[row as usize + 1]);
+                answers.push(is_answer);
+            }
+        }
+        start += length;
+    }
+    (wider, Some(answers))
+}
+
+fn number(scalar: &Tensor) -> Result<f64, TrainError> {
+    Ok(scalar.to_dtype(DType::F64)?.to_scalar()?)
+}
+
+/// What the adapter at the start says of training and validation pairs, where the objective compares
+/// with it; `model` has its parameters of the start.
+pub(super) fn references(
+    model: &Trainable,
+    workers: &Workers,
+    job: &TrainJob,
+    stop: &AtomicBool,
+) -> Result<(Vec<PairLogProbs>, Vec<PairLogProbs>), TrainError> {
+    if job.config.objective != Objective::Dpo {
+        return Ok((Vec::new(), Vec::new()));
+    }
+    let limit = job.config.micro_batch_tokens;
+    let of = |examples| reference(model, workers, examples, limit, stop);
+    Ok((of(&job.train)?, of(&job.valid)?))
 }
 
 /// What the adapter at the start says of every pair of `examples`; without dropout. Ends early when
 /// `stop` is set: the run then makes no step.
-pub(super) fn reference(
+fn reference(
     model: &Trainable,
     workers: &Workers,
     examples: &[Example],
@@ -146,28 +264,41 @@ pub(super) fn reference(
 
 /// Sums of the trained tokens' log-probabilities, from their losses `nll`.
 fn pair_log_probs(batch: &MicroBatch, nll: &[f32]) -> Vec<PairLogProbs> {
-    let mut rest = nll;
-    let mut sums = rows_of_sequences(batch).map(|num_rows| {
-        let (own, others) = rest.split_at(num_rows);
-        rest = others;
-        -own.iter().map(|&nll| f64::from(nll)).sum::<f64>()
-    });
-    let mut pairs = Vec::with_capacity(batch.lengths.len() / 2);
-    while let (Some(chosen), Some(rejected)) = (sums.next(), sums.next()) {
-        pairs.push([chosen, rejected]);
-    }
-    pairs
+    let log_prob =
+        |rows: &Range<usize>| -nll[rows.clone()].iter().map(|&nll| f64::from(nll)).sum::<f64>();
+    let ranges = rows_of_sequences(batch);
+    ranges.chunks_exact(2).map(|sides| [0, 1].map(|side| log_prob(&sides[side]))).collect()
 }
 
-/// How many of the batch's trained rows each sequence has.
-fn rows_of_sequences(batch: &MicroBatch) -> impl Iterator<Item = usize> {
-    let mut end = 0;
-    let mut before = 0;
-    batch.lengths.iter().map(move |length| {
+/// Which of the batch's trained rows are of which sequence.
+fn rows_of_sequences(batch: &MicroBatch) -> Vec<Range<usize>> {
+    let (mut end, mut before) = (0, 0);
+    let own = |length: &usize| {
         end += length;
         let up_to_here = batch.rows.partition_point(|&row| (row as usize) < end);
-        let own = up_to_here - before;
+        let own = before..up_to_here;
         before = up_to_here;
         own
-    })
+    };
+    batch.lengths.iter().map(own).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prompts_of_preferred_answers_count_in_orpo_and_the_answers_are_still_known() {
+        // Two sequences of 4 and 3 tokens; of the first the last token, of the second the last two.
+        let batch = MicroBatch {
+            tokens: vec![10, 11, 12, 13, 20, 21, 22],
+            lengths: vec![4, 3],
+            rows: vec![2, 4, 5],
+            targets: vec![13, 21, 22],
+        };
+        let (wider, answers) = with_prompts(&batch);
+        assert_eq!(wider.rows, [0, 1, 2, 4, 5]);
+        assert_eq!(wider.targets, [11, 12, 13, 21, 22]);
+        assert_eq!(answers, Some(vec![false, false, true, true, true]));
+    }
 }

@@ -22,7 +22,7 @@ use super::{
     workspace::{self, EVENTS_FILE, Workspace},
 };
 use crate::adapters::{AdapterCard, LoraAdapter};
-use crate::publish::{publish_dir, sha256_file, sha256_hex};
+use crate::publish::{disk, publish_dir, sha256_file, sha256_hex};
 
 /// Files of the base that belong beside any weights trained on it.
 const COMPANIONS: &[&str] = &[
@@ -93,17 +93,20 @@ pub(super) fn publish(run: &Finished<'_>, output: &Path) -> Result<String, Train
         for name in COMPANIONS {
             let from = run.job.model_dir.join(name);
             if from.exists() {
-                fs::copy(&from, dir.join(name))?;
+                disk::copy(&from, &dir.join(name))?;
             }
         }
-        fs::write(dir.join(EVENTS_FILE), run.log.text())?;
+        for (name, content) in &run.job.companions {
+            disk::write(&dir.join(name), content)?;
+        }
+        disk::write(&dir.join(EVENTS_FILE), run.log.text())?;
         if let Some(parity) = &run.parity {
-            fs::write(dir.join(PARITY_FILE), parity)?;
+            disk::write(&dir.join(PARITY_FILE), parity)?;
         }
         for (name, text) in &run.examination.files {
-            fs::write(dir.join(name), text)?;
+            disk::write(&dir.join(name), text)?;
         }
-        fs::write(dir.join("loss.svg"), report::loss_curve_svg(run.log.events()))?;
+        disk::write(&dir.join("loss.svg"), report::loss_curve_svg(run.log.events()))?;
         Ok(card(run, &digest).write(dir)?)
     })?;
     Ok(digest)
@@ -119,6 +122,7 @@ pub(super) fn read_summary(output: &Path) -> Option<TrainSummary> {
         outcome: Outcome::Finished,
         step,
         total_steps: usize::try_from(result["total_steps"].as_u64()?).ok()?,
+        best_step: result["best_step"].as_u64().and_then(|step| usize::try_from(step).ok()),
         loss: result["loss"].as_f64(),
         valid: valid["loss"].as_f64().zip(valid["token_accuracy"].as_f64()),
         path: output.to_owned(),
@@ -154,7 +158,7 @@ fn write_model(run: &Finished<'_>, dir: &Path) -> Result<String, TrainError> {
     let bytes = safetensors::serialize(tensors, Some(metadata)).map_err(|error| {
         TrainError::Checkpoint { path: path.clone(), reason: error.to_string() }
     })?;
-    fs::write(&path, bytes)?;
+    disk::write(&path, bytes)?;
     Ok(sha256_file(&path)?)
 }
 
@@ -167,7 +171,7 @@ fn write_config(from: &Path, to: &Path, dtype: &str) -> Result<(), TrainError> {
     let key = if config.contains_key("dtype") { "dtype" } else { "torch_dtype" };
     config.insert(key.to_owned(), dtype.into());
     let text = serde_json::to_string_pretty(&config).expect("plain data is always JSON");
-    Ok(fs::write(to, text + "\n")?)
+    Ok(disk::write(to, text + "\n")?)
 }
 
 fn card(run: &Finished<'_>, digest: &str) -> AdapterCard {
@@ -198,6 +202,7 @@ fn card(run: &Finished<'_>, digest: &str) -> AdapterCard {
             "result": {
                 "step": run.step,
                 "total_steps": run.total_steps,
+                "best_step": report::best_step(run.log.events()),
                 "loss": report::last_loss(run.log.events()),
                 "valid": valid,
                 "seconds": run.seconds,

@@ -36,13 +36,23 @@ pub(super) fn spike(
     (is_new && high.iter().all(|loss| *loss > limit)).then_some((median, high[0]))
 }
 
-/// Loss and token accuracy of the newest validation over all rows.
-pub(super) fn last_validation(events: &[TrainEvent]) -> Option<(f64, f64)> {
+/// The step whose validation was the best, if that is what is published.
+pub(super) fn best_step(events: &[TrainEvent]) -> Option<usize> {
     events.iter().rev().find_map(|event| {
-        let TrainEvent::Validated { full: true, loss, token_accuracy, .. } = event else {
+        let TrainEvent::Best { step, .. } = event else { return None };
+        Some(*step)
+    })
+}
+
+/// Loss and token accuracy of the validation over all rows of what is published: the newest, unless the
+/// best was kept.
+pub(super) fn last_validation(events: &[TrainEvent]) -> Option<(f64, f64)> {
+    let best = best_step(events);
+    events.iter().rev().find_map(|event| {
+        let TrainEvent::Validated { step, full: true, loss, token_accuracy, .. } = event else {
             return None;
         };
-        Some((*loss, *token_accuracy))
+        best.is_none_or(|best| best == *step).then_some((*loss, *token_accuracy))
     })
 }
 

@@ -15,6 +15,8 @@ pub(super) struct Trainable {
     pub(super) adapter: Option<Arc<LoraAdapter>>,
     /// Whether the weights are random ones of `seed` instead of a checkpoint's.
     pub(super) from_random: bool,
+    /// Share of the loss that asks for all tokens alike.
+    label_smoothing: f64,
 }
 
 /// Losses of one micro-batch.
@@ -23,6 +25,8 @@ pub(super) struct MicroBatchLoss {
     pub(super) nll: Tensor,
     /// Trained tokens that were the arg max.
     pub(super) num_correct: f64,
+    /// What the losses were computed from. `[tokens, hidden]`
+    hidden: Tensor,
 }
 
 impl MicroBatchLoss {
@@ -47,15 +51,27 @@ impl Trainable {
             } else {
                 Decoder::load(dir, WeightMode::Trainable)?
             };
-            return Ok(Self { decoder: Arc::new(decoder), adapter: None, from_random });
+            let decoder = Arc::new(decoder);
+            let label_smoothing = config.label_smoothing;
+            return Ok(Self { decoder, adapter: None, from_random, label_smoothing });
         }
-        let decoder = Decoder::load(dir, config.quantize.into())?;
+        Self::over(Arc::new(Decoder::load(dir, config.quantize.into())?), config)
+    }
+
+    /// Makes (or reads) the adapter that is trained over a base that is loaded already.
+    pub(super) fn over(decoder: Arc<Decoder>, config: &TrainConfig) -> Result<Self, TrainError> {
+        let label_smoothing = config.label_smoothing;
+        let wanted = config.lora()?;
         let adapter = match &config.init_adapter {
-            Some(adapter) => LoraAdapter::read(adapter, decoder.config(), true)?,
-            None => LoraAdapter::fresh(&config.lora()?, decoder.config(), config.seed)?,
+            Some(dir) => {
+                let adapter = LoraAdapter::read(dir, decoder.config(), true)?;
+                adapter.check_continues(&wanted, &TrainConfig::default().lora()?)?;
+                adapter
+            }
+            None => LoraAdapter::fresh_on(&wanted, &decoder, config.seed)?,
         };
-        let (decoder, adapter) = (Arc::new(decoder), Some(Arc::new(adapter)));
-        Ok(Self { decoder, adapter, from_random: false })
+        let adapter = Some(Arc::new(adapter));
+        Ok(Self { decoder, adapter, from_random: false, label_smoothing })
     }
 
     /// What is trained, sorted by name.
@@ -91,9 +107,27 @@ impl Trainable {
             logit_rows: &[],
             dropout,
         })?;
-        let losses = self.decoder.token_losses(&hidden, &batch.rows, &batch.targets)?; // [2, n]
+        let losses = self.decoder.token_losses_of(&hidden, &batch.rows, &batch.targets, &deltas)?; // [2, n]
         let correct = losses.get(1)?.detach().to_dtype(DType::F64)?.sum_all()?;
-        Ok(MicroBatchLoss { nll: losses.get(0)?, num_correct: correct.to_scalar()? })
+        Ok(MicroBatchLoss { nll: losses.get(0)?, num_correct: correct.to_scalar()?, hidden })
+    }
+
+    /// The sum of the token losses with smoothed labels, differentiable. Scalar, f32.
+    ///
+    /// With a smoothing of e a token's loss is, as `transformers`' `LabelSmoother` has it, `1 - e` times
+    /// its own plus e times the mean loss of all tokens of the vocabulary, which is its own plus e times
+    /// the target's logit above the mean logit.
+    pub(super) fn smoothed(
+        &self,
+        losses: &MicroBatchLoss,
+        batch: &MicroBatch,
+    ) -> Result<Tensor, TrainError> {
+        let sum = losses.sum()?;
+        if self.label_smoothing == 0.0 {
+            return Ok(sum);
+        }
+        let above = self.decoder.logits_above_mean(&losses.hidden, &batch.rows, &batch.targets)?;
+        Ok((sum + (above.sum_all()? * self.label_smoothing)?)?)
     }
 }
 

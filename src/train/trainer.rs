@@ -1,17 +1,22 @@
 //! The loop.
 
+mod advance;
+mod best;
+mod pause;
+
+pub(super) use advance::{Position, Turn};
+
 use std::{
-    fs,
     path::PathBuf,
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
 use super::{
-    AdamW, AdamWConfig, BatchPlan, Candidate, EventLog, Examination, Examiner, Gradients,
-    Objective, Outcome, Schedule, Scored, TrainConfig, TrainError, TrainEvent, TrainJob,
+    AdamW, AdamWConfig, Base, BatchPlan, Candidate, EventLog, Examination, Examiner, Gradients,
+    Outcome, Schedule, Scored, Surroundings, TrainConfig, TrainError, TrainEvent, TrainJob,
     TrainSummary, checkpoint, clip_factor, epochs,
-    objective::{PairLogProbs, Part, Sums, parts, reference},
+    objective::{PairLogProbs, Part, Sums, parts, references},
     output, parity,
     recipe::Recipe,
     report,
@@ -24,6 +29,7 @@ use super::{
 };
 use crate::data::Example;
 use crate::model::Dropout;
+use crate::publish::disk;
 
 /// Models with more parameters than this keep all cores busy with one micro-batch.
 const MAX_PARALLEL_PARAMETERS: usize = 60_000_000;
@@ -48,17 +54,17 @@ pub fn run(
     observer: &mut dyn FnMut(&TrainEvent),
     stop: &AtomicBool,
 ) -> Result<TrainSummary, TrainError> {
-    run_examined(job, observer, None, stop)
+    run_with(job, observer, Surroundings::default(), stop)
 }
 
-/// [`run`], with an examiner who is asked at validations and before the output is published.
+/// [`run`], with somebody who examines what is trained, and with a pause.
 ///
 /// # Errors
 /// Every [`TrainError`].
-pub fn run_examined<'a>(
+pub fn run_with<'a>(
     job: &'a TrainJob,
     observer: &'a mut dyn FnMut(&TrainEvent),
-    examiner: Option<&'a mut dyn Examiner>,
+    surroundings: Surroundings<'a>,
     stop: &AtomicBool,
 ) -> Result<TrainSummary, TrainError> {
     job.config.validate()?;
@@ -68,8 +74,9 @@ pub fn run_examined<'a>(
         return Ok(summary);
     }
     let workspace = Workspace::open(&job.config.output)?;
-    let mut trainer = Trainer::new(job, Some(workspace), observer, stop)?;
-    trainer.examiner = examiner;
+    let mut trainer = Trainer::new(job, Some(workspace), observer, None, stop)?;
+    trainer.examiner = surroundings.examiner;
+    trainer.pause = surroundings.pause;
     let outcome = trainer.train(stop)?;
     if outcome == Outcome::Stopped {
         return trainer.stop();
@@ -89,7 +96,7 @@ pub fn rehearse(
     stop: &AtomicBool,
 ) -> Result<(), TrainError> {
     job.config.validate()?;
-    let mut trainer = Trainer::new(job, None, observer, stop)?;
+    let mut trainer = Trainer::new(job, None, observer, None, stop)?;
     while trainer.step < num_steps.min(trainer.schedule.total_steps) && trainer.make_step(stop)? {}
     Ok(())
 }
@@ -100,6 +107,10 @@ struct Trainer<'a> {
     observer: &'a mut dyn FnMut(&TrainEvent),
     /// Who can serve what is trained, if anybody.
     examiner: Option<&'a mut dyn Examiner>,
+    /// While it is true, the run waits.
+    pause: Option<&'a AtomicBool>,
+    /// The steps after which it goes no further for now.
+    until: usize,
     /// Where things are written; `None` in a rehearsal.
     workspace: Option<Workspace>,
     model: Trainable,
@@ -127,11 +138,16 @@ impl<'a> Trainer<'a> {
         job: &'a TrainJob,
         workspace: Option<Workspace>,
         observer: &'a mut dyn FnMut(&TrainEvent),
+        base: Option<&Base>,
         stop: &AtomicBool,
     ) -> Result<Self, TrainError> {
         let started = Instant::now();
         let config = &job.config;
-        let model = Trainable::load(&job.model_dir, config)?;
+        best::check(job)?;
+        let model = match base {
+            Some(base) => base.trainable(config)?,
+            None => Trainable::load(&job.model_dir, config)?,
+        };
         check_examples(job, model.decoder.config().vocab_size)?;
         if workspace.is_some() {
             epochs::prepare(config)?;
@@ -139,12 +155,10 @@ impl<'a> Trainer<'a> {
         let workers = Workers::new(num_workers(model.decoder.num_parameters()))?;
         // Before a checkpoint is read: the parameters are still those of the start, so a resumed run
         // compares with the same numbers.
-        let mut at_start = (Vec::new(), Vec::new());
-        if config.objective == Objective::Dpo {
-            let limit = config.micro_batch_tokens;
-            at_start.0 = reference(&model, &workers, &job.train, limit, stop)?;
-            at_start.1 = reference(&model, &workers, &job.valid, limit, stop)?;
-        }
+        let at_start = match base {
+            Some(base) => base.references(&model, &workers, job, stop)?,
+            None => references(&model, &workers, job, stop)?,
+        };
         let plan = BatchPlan {
             num_examples: job.train.len(),
             batch_size: config.batch_size,
@@ -179,6 +193,8 @@ impl<'a> Trainer<'a> {
             job,
             observer,
             examiner: None,
+            pause: None,
+            until: total_steps,
             workspace,
             model,
             optimizer,
@@ -200,7 +216,8 @@ impl<'a> Trainer<'a> {
     fn train(&mut self, stop: &AtomicBool) -> Result<Outcome, TrainError> {
         let config = &self.job.config;
         let limit = config.time_limit.map(|minutes| Duration::from_secs_f64(minutes * 60.0));
-        while self.step < self.schedule.total_steps {
+        while self.step < self.until {
+            self.wait_while_paused(stop)?;
             if limit.is_some_and(|limit| self.started.elapsed() >= limit) {
                 return Ok(Outcome::TimeLimit);
             }
@@ -218,6 +235,9 @@ impl<'a> Trainer<'a> {
             {
                 self.validate(false)?;
             }
+            if self.weigh()? {
+                return Ok(Outcome::EarlyStopped);
+            }
             let (made, step) = self.last_checkpoint;
             let overdue = made.elapsed() >= Duration::from_secs(config.checkpoint_seconds);
             if self.step - step >= config.checkpoint_every || overdue {
@@ -234,8 +254,8 @@ impl<'a> Trainer<'a> {
         let batches = self.plan.micro_batches(&self.job.train, self.step);
         let references = self.plan.examples_of_step(self.step).into_iter();
         let references = references.filter_map(|index| self.reference.0.get(index).copied());
-        let parts = parts(batches, references);
         let (config, step) = (&self.job.config, self.step);
+        let parts = parts(config, batches, references);
         // The loss is one mean over all units of the window, however it is cut.
         let num_units: usize = parts.iter().map(|part| part.num_units(config.objective)).sum();
         self.gradients.clear();
@@ -351,7 +371,7 @@ impl<'a> Trainer<'a> {
         let folder = self.workspace.as_ref().map(Workspace::candidate);
         let adapter = folder.as_deref().zip(self.model.adapter.as_ref());
         if let Some((dir, adapter)) = adapter {
-            fs::create_dir_all(dir)?;
+            disk::create_dir_all(dir)?;
             adapter.write(dir, &self.job.config.model)?;
         }
         let answer = ask(&Candidate {
@@ -362,7 +382,10 @@ impl<'a> Trainer<'a> {
             scored,
         });
         if let Some((dir, _)) = adapter {
-            fs::remove_dir_all(dir)?;
+            // The next one is written over it.
+            if let Err(error) = disk::remove_dir_all(dir) {
+                tracing::warn!("{error}");
+            }
         }
         answer.map_err(|reason| TrainError::Examination { step: self.step, reason })
     }
@@ -391,7 +414,9 @@ impl<'a> Trainer<'a> {
         self.validate_fully()?;
         let path = epochs::folder(dir, self.step);
         output::publish(&self.finished(), &path)?;
-        epochs::prune(dir, self.step, config.keep_epochs)?;
+        if let Err(error) = epochs::prune(dir, self.step, config.keep_epochs) {
+            self.say(TrainEvent::Warning { message: error.to_string() })?;
+        }
         let epoch = self.step.div_ceil(self.plan.steps_per_epoch());
         self.say(TrainEvent::Epoch { step: self.step, epoch, path })
     }
@@ -427,7 +452,12 @@ impl<'a> Trainer<'a> {
             &self.log,
         )?;
         self.last_checkpoint = (Instant::now(), self.step);
-        self.say(TrainEvent::Checkpointed { step: self.step, path })
+        self.say(TrainEvent::Checkpointed { step: self.step, path })?;
+        // The new one is whole: old ones that stay cost room and nothing else.
+        match checkpoint::prune_checkpoints(&folder) {
+            Ok(()) => Ok(()),
+            Err(error) => self.say(TrainEvent::Warning { message: error.to_string() }),
+        }
     }
 
     /// Ends with a checkpoint instead of an output.
@@ -444,6 +474,7 @@ impl<'a> Trainer<'a> {
     fn publish(mut self, outcome: Outcome) -> Result<TrainSummary, TrainError> {
         self.validate_fully()?;
         self.end_epoch()?;
+        self.restore_best(outcome)?;
         let config = &self.job.config;
         let compared = if self.examiner.is_some() { NUM_COMPARED } else { 0 };
         let wanted = self.job.valid.iter().chain(&self.job.train);
@@ -455,12 +486,14 @@ impl<'a> Trainer<'a> {
         let finished = output::Finished { parity, examination, ..self.finished() };
         let digest = output::publish(&finished, &config.output)?;
         let path = config.output.clone();
-        self.say(TrainEvent::Published { step: self.step, path: path.clone() })?;
-        let summary = self.summary(outcome, path, digest);
-        if let Some(workspace) = self.workspace.take().filter(|_| !config.keep_work) {
-            workspace.remove()?;
+        let said = self.say(TrainEvent::Published { step: self.step, path: path.clone() });
+        let workspace = self.workspace.take().filter(|_| !config.keep_work);
+        let removed = workspace.map_or(Ok(()), Workspace::remove);
+        // The output is there: what fails from here on is not the run.
+        for error in [said, removed].into_iter().filter_map(Result::err) {
+            (self.observer)(&TrainEvent::Warning { message: error.to_string() });
         }
-        Ok(summary)
+        Ok(self.summary(outcome, path, digest))
     }
 
     /// What is to be published now.
@@ -483,6 +516,7 @@ impl<'a> Trainer<'a> {
             outcome,
             step: self.step,
             total_steps: self.schedule.total_steps,
+            best_step: report::best_step(self.log.events()),
             loss: report::last_loss(self.log.events()),
             valid: report::last_validation(self.log.events()),
             path,
@@ -527,10 +561,12 @@ fn check_examples(job: &TrainJob, vocab_size: usize) -> Result<(), TrainError> {
     if job.train.is_empty() {
         return Err(TrainError::NoExamples("the data has no examples"));
     }
-    let wants_pairs = job.config.objective == Objective::Dpo;
+    let wants_pairs = job.config.objective.wants_pairs();
     for example in job.train.iter().chain(&job.valid) {
         if example.rejected.is_some() != wants_pairs {
-            return Err(TrainError::NoExamples("pairs of answers are for dpo, and only for it"));
+            return Err(TrainError::NoExamples(
+                "pairs of answers are for dpo and orpo, and only for them",
+            ));
         }
     }
     for example in job.train.iter().chain(&job.valid).flat_map(Example::sides) {
@@ -547,17 +583,30 @@ fn check_examples(job: &TrainJob, vocab_size: usize) -> Result<(), TrainError> {
     Ok(())
 }
 
+/// Optimizer steps of the whole run of `job`.
+pub(super) fn total_steps_of(job: &TrainJob) -> usize {
+    let TrainConfig { batch_size, micro_batch_tokens, seed, shuffle, epochs, max_steps, .. } =
+        job.config;
+    let num_examples = job.train.len();
+    let plan = BatchPlan { num_examples, batch_size, micro_batch_tokens, seed, shuffle };
+    total_steps(&plan, epochs, max_steps)
+}
+
 fn total_steps(plan: &BatchPlan, epochs: f64, max_steps: Option<usize>) -> usize {
     let steps = (plan.steps_per_epoch() as f64 * epochs).ceil() as usize;
     max_steps.unwrap_or(steps.max(1))
 }
 
-/// Dropout of micro-batch `index` of a step: a function of the seed, so that a resumed run drops the
-/// same.
+/// Dropout (and noise on embeddings) of micro-batch `index` of a step: a function of the seed, so that a
+/// resumed run drops the same.
 fn dropout(config: &TrainConfig, step: usize, index: usize) -> Option<Dropout> {
     let seed = [config.seed, step as u64, index as u64].into_iter().fold(0, mix);
-    let probability = config.dropout as f32;
-    (probability > 0.0).then_some(Dropout { probability, seed })
+    let (probability, neftune_alpha) = (config.dropout as f32, config.neftune_alpha as f32);
+    (probability > 0.0 || neftune_alpha > 0.0).then_some(Dropout {
+        probability,
+        neftune_alpha,
+        seed,
+    })
 }
 
 /// `value` if it is a number to go on with; `step` counts from 0.

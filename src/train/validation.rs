@@ -34,8 +34,8 @@ pub(super) fn measure(
     let num_trained = batches.iter().map(|batch| batch.rows.len()).sum();
     let references = chosen.iter().filter_map(|&index| reference.get(index).copied());
     let mut sums = Sums::default();
-    let forward = |_, part: &super::objective::Part| Ok(part.loss(model, config, None)?.0);
-    workers.in_order(&parts(batches, references), forward, |part| {
+    let forward = |_, part: &super::objective::Part| part.measure(model, config);
+    workers.in_order(&parts(config, batches, references), forward, |part| {
         sums.add(part);
         Ok(())
     })?;

@@ -3,11 +3,11 @@
 use std::{
     ffi::OsString,
     fs::{self, File, TryLockError},
-    io::Write,
     path::{Path, PathBuf},
 };
 
 use super::TrainError;
+use crate::publish::disk;
 
 /// Name of the event log, here and in the published folder.
 pub(super) const EVENTS_FILE: &str = "events.jsonl";
@@ -34,13 +34,9 @@ impl Workspace {
     /// written.
     pub(super) fn open(output: &Path) -> Result<Self, TrainError> {
         let dir = work_dir(output);
-        let at = |path: &Path| {
-            let path = path.to_owned();
-            move |source| TrainError::File { path, source }
-        };
-        fs::create_dir_all(dir.join("checkpoints")).map_err(at(&dir))?;
+        disk::create_dir_all(&dir.join("checkpoints"))?;
         let lock_path = dir.join("lock");
-        let lock = File::create(&lock_path).map_err(at(&lock_path))?;
+        let lock = disk::open_to_append(&lock_path)?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(TrainError::Busy(output.to_owned())),
@@ -53,11 +49,9 @@ impl Workspace {
             let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
             remove_temporaries(parent, &name.to_string_lossy())?;
         }
-        let events_path = dir.join(EVENTS_FILE);
-        let mut options = File::options();
-        let events = options.create(true).append(true).open(&events_path);
+        let events = disk::open_to_append(&dir.join(EVENTS_FILE))?;
         let output_name = output.file_name().unwrap_or_default().to_owned();
-        Ok(Self { events: events.map_err(at(&events_path))?, dir, output_name, _lock: lock })
+        Ok(Self { events, dir, output_name, _lock: lock })
     }
 
     /// Where the checkpoints are.
@@ -72,13 +66,13 @@ impl Workspace {
 
     /// Makes `text` the whole event log: what came after the checkpoint never happened.
     pub(super) fn rewrite_events(&mut self, text: &str) -> Result<(), TrainError> {
-        self.events.set_len(0)?;
+        disk::empty(&self.events, &self.dir.join(EVENTS_FILE))?;
         self.append_event(text)
     }
 
     /// Adds a line to the event log.
     pub(super) fn append_event(&mut self, line: &str) -> Result<(), TrainError> {
-        Ok(self.events.write_all(line.as_bytes())?)
+        Ok(disk::append(&mut self.events, &self.dir.join(EVENTS_FILE), line.as_bytes())?)
     }
 
     /// Removes the folder; the output is published. It loses its name first, so that a process
@@ -87,8 +81,8 @@ impl Workspace {
         let mut name = self.output_name.clone();
         name.push(format!(".tmp-{}-work", std::process::id()));
         let aside = self.dir.with_file_name(name);
-        fs::rename(&self.dir, &aside)?;
-        Ok(fs::remove_dir_all(&aside)?)
+        disk::rename(&self.dir, &aside)?;
+        Ok(disk::remove_dir_all(&aside)?)
     }
 }
 
@@ -113,7 +107,7 @@ fn remove_temporaries(dir: &Path, name: &str) -> Result<(), TrainError> {
             None => false,
         };
         if ours && path.is_dir() {
-            fs::remove_dir_all(&path)?;
+            disk::remove_dir_all(&path)?;
         }
     }
     Ok(())

@@ -5,13 +5,13 @@ use std::path::Path;
 use tunesmith::{
     adapters::LoraAdapter,
     jobs::{
-        Auto, Checkpoint, EventLevel, FileRecord, Hyperparameters, Job, JobEvent, JobStatus,
-        Method, ModelRecord, Record, Store, StoreError,
+        Checkpoint, EventLevel, FileRecord, Job, JobEvent, JobStatus, ModelRecord, Record, Store,
+        StoreError,
     },
     model::ModelConfig,
 };
 
-use super::{copy_dir, fixture};
+use super::{copy_dir, fixture, jobs::new_job};
 
 /// Two adapters of tiny-llama with different answers.
 pub const FIRST: &str = "oracle/tiny-llama-train-initial";
@@ -93,36 +93,9 @@ pub fn job(id: &str, status: JobStatus) -> Job {
     Job {
         id: id.to_owned(),
         created_at: 1,
-        started_at: None,
         finished_at: status.is_final().then_some(2),
         model: "tiny-llama".to_owned(),
-        parent_model: None,
-        training_file: "file-a".to_owned(),
-        validation_file: None,
-        suffix: None,
-        seed: 7,
-        method: Method::Supervised,
-        hyperparameters: Hyperparameters {
-            n_epochs: Auto::Value(3),
-            batch_size: Auto::Value(8),
-            learning_rate_multiplier: Auto::Value(1.0),
-            beta: None,
-        },
-        metadata: None,
-        integrations: Vec::new(),
-        alias: None,
-        gate: None,
         status,
-        request: None,
-        error: None,
-        fine_tuned_model: None,
-        result_files: Vec::new(),
-        trained_tokens: None,
-        num_examples: None,
-        step: 0,
-        total_steps: None,
-        estimated_finish: None,
-        attempts: 0,
-        evaluation: None,
+        ..new_job("file-a")
     }
 }

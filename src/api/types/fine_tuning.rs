@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::jobs::{Auto, Checkpoint, EventLevel, Gate, Job, JobEvent, Method};
+use crate::api::azure_form::AzureForm;
+use crate::jobs::{Auto, Checkpoint, EventLevel, Gate, Hyperparameters, Job, JobEvent, Method};
 
 /// Every field is optional here, so that a missing one is reported by name.
 #[derive(Debug, Default, Deserialize)]
@@ -67,10 +68,29 @@ pub(crate) struct JobObject {
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct HyperparametersObject {
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) beta: Option<Auto<f64>>,
-    pub(crate) batch_size: Auto<u32>,
-    pub(crate) learning_rate_multiplier: Auto<f64>,
-    pub(crate) n_epochs: Auto<u32>,
+    pub(crate) beta: Option<Value>,
+    pub(crate) batch_size: Value,
+    pub(crate) learning_rate_multiplier: Value,
+    pub(crate) n_epochs: Value,
+}
+
+impl HyperparametersObject {
+    /// In Azure's form "auto" is -1, and the factor on the learning rate 1.
+    fn new(given: Hyperparameters, form: Option<AzureForm>) -> Self {
+        fn shown<T: Into<Value>>(value: Auto<T>, form: Option<AzureForm>, auto: i32) -> Value {
+            match (value, form) {
+                (Auto::Value(value), _) => value.into(),
+                (Auto::Auto, Some(AzureForm)) => auto.into(),
+                (Auto::Auto, None) => "auto".into(),
+            }
+        }
+        Self {
+            beta: given.beta.map(|beta| shown(beta, form, -1)),
+            batch_size: shown(given.batch_size, form, -1),
+            learning_rate_multiplier: shown(given.learning_rate_multiplier, form, 1),
+            n_epochs: shown(given.n_epochs, form, -1),
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -96,14 +116,8 @@ pub(crate) struct JobErrorObject {
 }
 
 impl JobObject {
-    pub(crate) fn new(job: Job, organization: &str) -> Self {
-        let given = job.hyperparameters;
-        let hyperparameters = HyperparametersObject {
-            beta: given.beta,
-            batch_size: given.batch_size,
-            learning_rate_multiplier: given.learning_rate_multiplier,
-            n_epochs: given.n_epochs,
-        };
+    pub(crate) fn new(job: Job, organization: &str, form: Option<AzureForm>) -> Self {
+        let hyperparameters = HyperparametersObject::new(job.hyperparameters, form);
         let settings = |method| {
             let hyperparameters = hyperparameters.clone();
             (job.method == method).then_some(MethodSettings { hyperparameters })

@@ -70,8 +70,14 @@ fn config(
         webhooks: args.webhook.iter().map(|text| webhook(text)).collect::<anyhow::Result<_>>()?,
         gate: gate.transpose()?,
         allow_python: args.allow_python_graders.unwrap_or(false),
-        executable: std::env::current_exe()?,
+        executable: this_program()?,
     })
+}
+
+/// This program, for children to run: on Linux the one that is running, also when its file has been
+/// replaced or removed since.
+fn this_program() -> std::io::Result<PathBuf> {
+    if cfg!(target_os = "linux") { Ok("/proc/self/exe".into()) } else { std::env::current_exe() }
 }
 
 /// `URL` or `URL=whsec_SECRET`.

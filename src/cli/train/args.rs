@@ -40,11 +40,29 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_parser = ["lora", "full"])]
     pub(crate) method: Option<String>,
     /// Supervised rows, or preferences: a better and a worse answer to each prompt [sft]
-    #[arg(long, value_parser = ["sft", "dpo"])]
+    #[arg(long, value_parser = ["sft", "dpo", "orpo"])]
     pub(crate) objective: Option<String>,
     /// How strongly dpo holds on to the adapter that it started from, up to 2 [0.1]
     #[arg(long)]
     pub(crate) dpo_beta: Option<f64>,
+    /// How dpo takes a pair's margin [sigmoid]
+    #[arg(long, value_parser = ["sigmoid", "robust"])]
+    pub(crate) dpo_loss: Option<String>,
+    /// Share of pairs that dpo takes to be labelled the wrong way round, below 0.5 [0]
+    #[arg(long)]
+    pub(crate) dpo_label_smoothing: Option<f64>,
+    /// Weight of the likelihood of the preferred answers that dpo adds [0]
+    #[arg(long)]
+    pub(crate) dpo_sft_weight: Option<f64>,
+    /// Weight of the odds ratio in orpo's loss, up to 2 [0.1]
+    #[arg(long)]
+    pub(crate) orpo_beta: Option<f64>,
+    /// Share of the supervised loss that asks for all tokens alike [0]
+    #[arg(long)]
+    pub(crate) label_smoothing: Option<f64>,
+    /// Noise on the embeddings while training, as NEFTune has it, such as 5 [0]
+    #[arg(long)]
+    pub(crate) neftune_alpha: Option<f64>,
     /// LoRA rank [16]
     #[arg(long)]
     pub(crate) rank: Option<usize>,
@@ -63,7 +81,7 @@ pub(crate) struct TrainArgs {
     /// Start from an existing adapter
     #[arg(long, value_name = "DIR")]
     pub(crate) init_adapter: Option<PathBuf>,
-    /// Peak learning rate [lora 2e-4, lora with dpo 5e-5, full 2e-5, full from random 1e-3]
+    /// Peak learning rate [lora 2e-4, lora with preferences 5e-5, full 2e-5, full from random 1e-3]
     #[arg(long)]
     pub(crate) lr: Option<f64>,
     /// Course of the learning rate after the warm-up [linear]

@@ -11,7 +11,7 @@ use crate::data::{
     read_valid_rows, repeated, shared_prompts, source_files, wrong_kinds,
 };
 use crate::publish::sha256_file;
-use crate::train::{DataSource, Objective, TrainConfig};
+use crate::train::{DataSource, TrainConfig};
 
 /// Reads one kind of rows after the other.
 pub(super) struct DataReader<'a> {
@@ -85,7 +85,7 @@ impl DataReader<'_> {
         let reading =
             Reading { columns: Some(&source.columns), text_column: source.text_column.as_deref() };
         let (rows, mut errors) = read_valid_rows(path, reading)?;
-        errors.extend(wrong_kinds(&rows, self.config.objective == Objective::Dpo));
+        errors.extend(wrong_kinds(&rows, self.config.objective.wants_pairs()));
         let (examples, mut refused) = self.encoder.encode_valid(&rows);
         // A row of the wrong kind is not also a row without trained tokens.
         refused.retain(|one: &RowError| errors.iter().all(|error| error.line != one.line));

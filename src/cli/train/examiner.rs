@@ -10,8 +10,8 @@ use super::{super::common::stop_token_ids, report_page};
 use crate::adapters::{AdapterRegistry, AdapterVersion};
 use crate::data::{Example, Question, epoch_order};
 use crate::engine::{
-    self, EngineConfig, EngineError, EngineHandle, GenerationEvent, GenerationRequest,
-    RequestOptions, SamplingParams,
+    self, EngineConfig, EngineHandle,
+    parity::{self, Parity, TrainedSequence},
 };
 use crate::eval::{Arm, EvalReport, Runner, arms::TUNED, graders, report::Metadata};
 use crate::text::{ChatTemplate, Tokenizer};
@@ -23,8 +23,6 @@ const KV_CACHE_BYTES: usize = 256 << 20;
 const MAX_NUM_SEQS: usize = 8;
 /// Most tokens of a generated answer.
 const MAX_TOKENS: usize = 128;
-/// Training and serving may differ by so much in the log-probability of a token.
-const MAX_DIFFERENCE: f64 = 1e-3;
 
 /// An engine whenever one is needed, over the base that is trained on.
 pub(in crate::cli) struct EngineExaminer {
@@ -70,13 +68,15 @@ impl EngineExaminer {
         let mut samples = None;
         if candidate.adapter.is_some() {
             let served = Served::new(candidate)?;
-            let (difference, num_tokens) = served.largest_difference(candidate.scored)?;
+            let parity = served.compare(candidate.scored)?;
+            let Parity { max_difference, num_tokens } = parity;
             ensure!(
-                difference <= MAX_DIFFERENCE,
-                "served log-probabilities differ from training by up to {difference:.1e} over \
-                 {num_tokens} tokens, more than {MAX_DIFFERENCE:.0e}"
+                parity.is_close(),
+                "served log-probabilities differ from training by up to {max_difference:.1e} over \
+                 {num_tokens} tokens, more than {:.0e}",
+                Parity::TOLERANCE
             );
-            examination.max_difference = (num_tokens > 0).then_some(difference);
+            examination.max_difference = (num_tokens > 0).then_some(max_difference);
             examination.num_tokens = num_tokens;
             let config = &candidate.job.config;
             let questions = self.some_questions(config.samples, config.seed);
@@ -159,50 +159,14 @@ impl Served {
         Ok(Self { engine: engine::spawn(Arc::clone(decoder), config)?, version })
     }
 
-    /// Between what training said and what the engine says, and over how many tokens.
-    fn largest_difference(&self, scored: &[Scored<'_>]) -> anyhow::Result<(f64, usize)> {
-        let (mut largest, mut num_tokens) = (0.0_f64, 0);
-        for Scored { example, logprobs } in scored {
-            // A sequence that does not fit into the cache here is not compared.
-            let Some(served) = self.logprobs(&example.tokens)? else { continue };
-            // The first score is the second token's.
-            let trained = example.loss_mask.iter().skip(1).zip(served);
-            let served = trained.filter(|(trained, _)| **trained).map(|(_, logprob)| logprob);
-            for (one, other) in served.zip(logprobs) {
-                let difference = (f64::from(one) - f64::from(*other)).abs();
-                // A NaN must not pass for a small difference.
-                largest = if difference.is_nan() { f64::INFINITY } else { largest.max(difference) };
-                num_tokens += 1;
-            }
-        }
-        Ok((largest, num_tokens))
-    }
-
-    /// Of every token but the first; `None` if there are too many.
-    fn logprobs(&self, tokens: &[u32]) -> anyhow::Result<Option<Vec<f32>>> {
-        let stream = self.engine.generate(GenerationRequest {
-            prompt: tokens.to_vec(),
-            adapter: Some(Arc::clone(&self.version)),
-            sampling: SamplingParams::greedy(),
-            max_tokens: 0,
-            stop_token_ids: Vec::new(),
-            score_prompt: true,
-            options: RequestOptions::default(),
+    /// What training said and what the engine says. A sequence that does not fit into the cache here is not
+    /// compared.
+    fn compare(&self, scored: &[Scored<'_>]) -> anyhow::Result<Parity> {
+        let sequences = scored.iter().map(|Scored { example, logprobs }| TrainedSequence {
+            tokens: &example.tokens,
+            loss_mask: &example.loss_mask,
+            logprobs,
         });
-        let mut stream = match stream {
-            Err(EngineError::TooLong { .. }) => return Ok(None),
-            other => other?,
-        };
-        let mut logprobs = Vec::new();
-        while let Some(event) = stream.blocking_next() {
-            match event {
-                GenerationEvent::PromptScores(scores) => {
-                    logprobs.extend(scores.iter().map(|score| score.logprob));
-                }
-                GenerationEvent::Failed { message } => anyhow::bail!(message),
-                GenerationEvent::Token { .. } | GenerationEvent::Finished { .. } => {}
-            }
-        }
-        Ok(Some(logprobs))
+        Ok(parity::compare(&self.engine, &self.version, sequences, &|| false)?)
     }
 }

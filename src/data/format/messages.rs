@@ -59,8 +59,9 @@ pub(super) fn is_assistant(message: &Value) -> bool {
     message["role"] == "assistant"
 }
 
-/// Writes a function call, or the answer to one, as tools have it.
-fn modernize(message: &mut Map<String, Value>) {
+/// Writes a function call, or the answer to one, as tools have it: training and serving show templates the
+/// same.
+pub fn modernize(message: &mut Map<String, Value>) {
     /// Nine characters, as the templates that look at it want.
     const ID: &str = "function0";
     if let Some(function) = message.shift_remove("function_call") {

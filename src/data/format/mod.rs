@@ -11,6 +11,8 @@ mod text;
 
 use serde_json::{Map, Value};
 
+pub use messages::modernize;
+
 use super::{RowBody, RowError};
 
 /// A way of writing rows.

@@ -12,13 +12,15 @@ use std::{
     time::Duration,
 };
 
+use candle_core::Device;
+
 use super::{super::handle::start, *};
 use crate::adapters::AdapterRegistry;
 use crate::engine::{
     AdapterNames, EngineError, EngineHandle, GenerationRequest, GenerationStream, RequestOptions,
-    SamplingParams, TokenScore,
+    SamplingParams, TokenScore, score::score_token,
 };
-use crate::model::ModelConfig;
+use crate::model::{KvDtype, ModelConfig};
 
 const VOCAB_SIZE: usize = 97;
 /// Token whose step panics, errs, or returns NaN.
@@ -59,7 +61,7 @@ fn logits_for(tokens: &[u32]) -> Vec<f32> {
 }
 
 impl StepModel for FakeModel {
-    fn forward(&self, step: &Step<'_>) -> Result<Vec<f32>, ModelError> {
+    fn forward(&self, step: &Step<'_>) -> Result<Option<Tensor>, ModelError> {
         if let Some(gate) = &self.gate {
             let _ = gate.lock().unwrap().recv();
         }
@@ -90,7 +92,12 @@ impl StepModel for FakeModel {
             }
         }
         assert_eq!(row, step.tokens.len());
-        Ok(logits)
+        let shape = (logits.len() / VOCAB_SIZE, VOCAB_SIZE);
+        Ok((shape.0 > 0).then(|| Tensor::from_vec(logits, shape, &Device::Cpu)).transpose()?)
+    }
+
+    fn position_cost(&self) -> f64 {
+        0.0
     }
 }
 
@@ -105,6 +112,7 @@ fn config() -> EngineConfig {
         max_batch_tokens: 256,
         block_size: 4,
         num_blocks: 512,
+        kv_dtype: KvDtype::F32,
         prefix_cache: true,
     }
 }
@@ -294,6 +302,61 @@ fn guessed_tokens_change_no_answer_and_are_often_right_where_the_answer_repeats(
         assert!(stats.accepted_tokens() <= stats.draft_tokens());
         assert_eq!(speculate == 0, stats.draft_tokens() == 0);
     }
+}
+
+/// A model whose next token depends on the last one only.
+struct Chain;
+
+impl Chain {
+    /// Probabilities of the tokens that follow each token.
+    const NEXT: [[f32; 4]; 4] = [
+        [0.05, 0.80, 0.10, 0.05],
+        [0.10, 0.05, 0.70, 0.15],
+        [0.60, 0.10, 0.10, 0.20],
+        [0.25, 0.25, 0.25, 0.25],
+    ];
+}
+
+impl StepModel for Chain {
+    fn forward(&self, step: &Step<'_>) -> Result<Option<Tensor>, ModelError> {
+        let row = |row: &u32| Self::NEXT[step.tokens[*row as usize] as usize].map(f32::ln);
+        let logits: Vec<f32> = step.logit_rows.iter().flat_map(row).collect();
+        let shape = (step.logit_rows.len(), 4);
+        Ok((shape.0 > 0).then(|| Tensor::from_vec(logits, shape, &Device::Cpu)).transpose()?)
+    }
+
+    fn position_cost(&self) -> f64 {
+        0.0
+    }
+}
+
+#[test]
+fn what_follows_a_guess_is_drawn_from_the_models_distribution() {
+    let config = EngineConfig { max_model_len: 512, speculate: 8, ..config() };
+    let handle = start(Chain, 4, "base".to_owned(), config).unwrap();
+    let sampled = |seed| {
+        let sampling = SamplingParams { temperature: 1.0, seed, ..SamplingParams::greedy() };
+        GenerationRequest { sampling, ..request(vec![0], 500) }
+    };
+    let streams: Vec<_> = (0..48).map(|seed| handle.generate(sampled(seed)).unwrap()).collect();
+    let mut counts = [[0.0; 4]; 4];
+    for stream in streams {
+        let mut last = 0;
+        for token in collect(stream).tokens {
+            counts[last][token as usize] += 1.0;
+            last = token as usize;
+        }
+    }
+    let stats = handle.stats();
+    assert!(stats.accepted_tokens() > 2000 && stats.accepted_tokens() < stats.draft_tokens());
+    let mut chi = 0.0;
+    for (counts, probabilities) in counts.iter().zip(Chain::NEXT) {
+        let total: f64 = counts.iter().sum();
+        let expected = probabilities.map(|p| f64::from(p) * total);
+        chi += counts.iter().zip(expected).map(|(c, e)| (c - e).powi(2) / e).sum::<f64>();
+    }
+    // 99.9 % quantile of chi-square with 4 * 3 degrees of freedom.
+    assert!(chi < 32.91, "{chi}: {counts:?}");
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::{super::prefix::BlockKey, *};
+use crate::model::KvDtype;
 
 fn config(
     max_num_seqs: usize,
@@ -23,6 +24,7 @@ fn config(
         max_batch_tokens,
         block_size,
         num_blocks,
+        kv_dtype: KvDtype::F32,
         prefix_cache: true,
     }
 }

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use super::{Eval, valid_metadata, valid_name};
+use super::{Eval, valid_name};
 use crate::eval::grader::{Grader, Invalid};
-use crate::jobs::JobsError;
+use crate::jobs::{JobsError, valid_metadata};
 
 /// Graders of one evaluation.
 const MAX_CRITERIA: usize = 20;

@@ -174,26 +174,3 @@ fn valid_name(value: &Value) -> Result<Option<String>, JobsError> {
     }
     Ok(name.map(str::to_owned))
 }
-
-/// 16 pairs of short strings, as everywhere in OpenAI's API.
-///
-/// # Errors
-/// Anything else.
-pub fn valid_metadata(value: &Value) -> Result<Option<BTreeMap<String, String>>, JobsError> {
-    let wrong = |what: &str| JobsError::invalid("metadata", format!("`metadata` {what}"));
-    if value.is_null() {
-        return Ok(None);
-    }
-    let fields = value.as_object().ok_or_else(|| wrong("must be an object"))?;
-    if fields.len() > 16 {
-        return Err(wrong("may have at most 16 pairs"));
-    }
-    let pair = |(key, value): (&String, &Value)| {
-        let value = value.as_str().ok_or_else(|| wrong("must have strings as values"))?;
-        if key.chars().count() > 64 || value.chars().count() > 512 {
-            return Err(wrong("may have keys of 64 and values of 512 characters at most"));
-        }
-        Ok((key.clone(), value.to_owned()))
-    };
-    fields.iter().map(pair).collect::<Result<_, _>>().map(Some)
-}

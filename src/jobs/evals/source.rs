@@ -4,11 +4,11 @@ use std::{collections::BTreeMap, fs, io::Read};
 
 use serde_json::{Map, Value};
 
-use super::{Eval, EvalRun, EvalSource, RunStatus, SourceRow, schema, valid_metadata, valid_name};
+use super::{Eval, EvalRun, EvalSource, RunStatus, SourceRow, schema, valid_name};
 use crate::eval::grader::{
     Context, Fault, FaultKind, Invalid, Messages, Path, Sampling, plain_messages,
 };
-use crate::jobs::{JobsError, Service, evals::records::Counts};
+use crate::jobs::{JobsError, Service, evals::records::Counts, valid_metadata};
 
 /// Rows of one run.
 const MAX_ROWS: usize = 10_000;

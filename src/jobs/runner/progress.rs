@@ -164,7 +164,8 @@ impl<'a> Progress<'a> {
             Ok(gone) => {
                 self.notes.clear();
                 for model in gone {
-                    self.service.parts.registry.unload(&model);
+                    self.service.parts.registry.unload(&model.id);
+                    self.service.remove_model_dir(&model.path);
                 }
             }
             Err(error) => {
@@ -183,8 +184,8 @@ impl<'a> Progress<'a> {
         });
     }
 
-    /// Returns the models that are gone.
-    fn write_notes(&self, transaction: &Transaction<'_>) -> Result<Vec<String>, StoreError> {
+    /// Returns the models that are gone, but for their folders.
+    fn write_notes(&self, transaction: &Transaction<'_>) -> Result<Vec<ModelRecord>, StoreError> {
         let Some(mut job) = transaction.get::<Job>(&self.job.id)? else { return Ok(Vec::new()) };
         let mut gone = Vec::new();
         for note in &self.notes {
@@ -221,18 +222,16 @@ impl<'a> Progress<'a> {
         })
     }
 
-    /// Adds a checkpoint and its model, and forgets the oldest of too many.
+    /// Adds a checkpoint and its model, and forgets the oldest of too many: those that nothing needs, be it
+    /// an alias or a job that starts from them.
     fn write_epoch(
         &self,
         transaction: &Transaction<'_>,
         metrics: &StepMetrics,
         digest: &str,
-    ) -> Result<Vec<String>, StoreError> {
+    ) -> Result<Vec<ModelRecord>, StoreError> {
         let step = metrics.step as u64;
         let known: Vec<Checkpoint> = transaction.all(&self.job.id)?;
-        if known.last().is_some_and(|last| last.step >= step) {
-            return Ok(Vec::new());
-        }
         let name = model_name(self.service.config(), self.job);
         let model = ModelRecord {
             id: format!("{name}:ckpt-step-{step}"),
@@ -242,6 +241,11 @@ impl<'a> Progress<'a> {
             digest: digest.to_owned(),
             is_checkpoint: true,
         };
+        if known.last().is_some_and(|last| last.step >= step) {
+            // Made again after a crash: known, or forgotten already.
+            let is_known = known.iter().any(|known| known.step == step);
+            return Ok(if is_known { Vec::new() } else { vec![model] });
+        }
         transaction.insert(&model)?;
         transaction.insert(&Checkpoint {
             id: new_id("ftckpt_"),
@@ -256,9 +260,12 @@ impl<'a> Progress<'a> {
         let surplus = (known.len() + 1).saturating_sub(KEEP_EPOCHS);
         let mut gone = Vec::new();
         for old in known.into_iter().take(surplus) {
-            transaction.delete::<Checkpoint>(&old.id)?;
-            transaction.delete::<ModelRecord>(&old.model)?;
-            gone.push(old.model);
+            let Some(model) = transaction.get::<ModelRecord>(&old.model)? else { continue };
+            if transaction.need_of(&model)?.is_none() {
+                transaction.delete::<Checkpoint>(&old.id)?;
+                transaction.delete::<ModelRecord>(&old.model)?;
+                gone.push(model);
+            }
         }
         Ok(gone)
     }

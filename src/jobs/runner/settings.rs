@@ -7,7 +7,7 @@ use std::{
 };
 
 use crate::jobs::{FileRecord, Job, JobsError, Method, ModelRecord, Service, base_learning_rate};
-use crate::publish::{publish_dir, publish_file};
+use crate::publish::{disk, publish_dir, publish_file};
 use crate::train::{Objective, TrainConfig, work_dir};
 
 /// Examples whose log-probabilities the trainer writes down for the server to compare.
@@ -16,6 +16,8 @@ const PARITY_EXAMPLES: usize = 8;
 const VALIDATIONS_PER_EPOCH: u64 = 10;
 /// Epochs' adapters that are kept.
 pub(super) const KEEP_EPOCHS: usize = 3;
+/// More epochs than a job can have.
+const MAX_EPOCHS: usize = 1000;
 /// Steps, and seconds, that a crash may cost.
 const CHECKPOINT_EVERY: usize = 100;
 const CHECKPOINT_SECONDS: u64 = 20;
@@ -88,7 +90,7 @@ impl Places {
         // JSON is YAML.
         let text = serde_json::to_string_pretty(&self.train_config(service, job));
         let text = text.expect("a plain struct is always JSON") + "\n";
-        publish_file(&path, text.as_bytes()).map_err(|source| JobsError::file(path, source))
+        Ok(publish_file(&path, text.as_bytes())?)
     }
 
     fn train_config(&self, service: &Service, job: &Job) -> TrainConfig {
@@ -118,7 +120,8 @@ impl Places {
             eval_every: if has_valid { eval_every } else { 0 },
             valid_batch: Some(batch_size),
             epoch_dir: Some(self.epochs()),
-            keep_epochs: KEEP_EPOCHS,
+            // The service removes them: it knows which are deployed.
+            keep_epochs: MAX_EPOCHS,
             parity_examples: PARITY_EXAMPLES,
             samples: 0,
             checkpoint_every: CHECKPOINT_EVERY,
@@ -172,7 +175,7 @@ impl Places {
             for entry in fs::read_dir(&from)? {
                 let entry = entry?;
                 if entry.file_type()?.is_file() {
-                    fs::copy(entry.path(), dir.join(entry.file_name()))?;
+                    disk::copy(&entry.path(), &dir.join(entry.file_name()))?;
                 }
             }
             Ok(())
@@ -197,8 +200,8 @@ fn link_file(service: &Service, id: &str, param: &'static str, to: &Path) -> Res
         Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
         // A file system without hard links.
         Err(_) => {
-            let copy = fs::read(&from).and_then(|bytes| publish_file(to, &bytes));
-            copy.map_err(|source| JobsError::file(to, source))
+            let bytes = fs::read(&from).map_err(|source| JobsError::file(from, source))?;
+            Ok(publish_file(to, &bytes)?)
         }
         Ok(()) => Ok(()),
     }

@@ -2,11 +2,14 @@
 //! from queries and keys, so that no `[T, T]` matrix is ever held.
 //!
 //! With `P = softmax(scale Q K^T)` and `O = P V`: `dV = P^T dO`, `dS = P (dO V^T - rowsum(dO O))`,
-//! `dQ = scale dS K`, `dK = scale dS^T Q`.
+//! `dQ = scale dS K`, `dK = scale dS^T Q`. A soft cap multiplies `dS` by the slope of its curve.
 
 use std::ops::Range;
 
-use super::{AttentionShape, PAIRS, for_pair_groups, probabilities};
+use super::{
+    AttentionShape, PAIRS,
+    scores::{View, probabilities},
+};
 use crate::kernels::{
     Kernels,
     simd::{LANES, Simd, store_partial},
@@ -15,7 +18,7 @@ use crate::kernels::{
 
 /// Gradients of attention over whole sequences (no cache).
 pub struct AttentionBackward<'a> {
-    /// Heads and scale.
+    /// Heads, scale and reach.
     pub shape: AttentionShape,
     /// `[rows, heads * head_dim]`
     pub queries: &'a [f32],
@@ -152,37 +155,40 @@ pub(in crate::kernels) struct BackwardTile {
 /// the query gradient, and the CPU has the features of `S`.
 #[inline(always)]
 pub(in crate::kernels) unsafe fn backward_tile<S: Simd>(tile: &BackwardTile) {
-    // SAFETY: by contract.
+    let count = tile.rows * tile.shape.group();
+    // SAFETY: by contract; `first` stays below the number of pairs.
     unsafe {
-        for_pair_groups!(tile.rows * tile.shape.group(), backward_pairs::<S>(tile));
+        let mut first = 0;
+        while first < count {
+            first += match count - first {
+                1 => backward_pairs::<S, 1>(tile, first),
+                2 | 3 => backward_pairs::<S, 2>(tile, first),
+                4..PAIRS => backward_pairs::<S, 4>(tile, first),
+                _ => backward_pairs::<S, PAIRS>(tile, first),
+            };
+        }
     }
 }
 
+/// Adds what `N` pairs of row and head contribute; returns `N`.
 #[inline(always)]
-unsafe fn backward_pairs<S: Simd, const N: usize>(tile: &BackwardTile, first: usize) {
-    let AttentionShape { heads, head_dim, scale, .. } = tile.shape;
-    let (group, padded) = (tile.shape.group(), tile.shape.padded_dim());
+unsafe fn backward_pairs<S: Simd, const N: usize>(tile: &BackwardTile, first: usize) -> usize {
+    let shape = &tile.shape;
+    let (group, head_dim, padded) = (shape.group(), shape.head_dim, shape.padded_dim());
+    let pair = |i: usize| ((first + i) / group, tile.kv_head * group + (first + i) % group);
+    let view = View::<N>::new(shape, std::array::from_fn(|i| pair(i).0));
     // SAFETY: by the contract of `backward_tile`; the panels outlive the call.
     unsafe {
         let panels = &mut *tile.panels;
-        let mut offsets = [0; N];
-        let mut positions = [0; N];
-        for i in 0..N {
-            let (row, head) = ((first + i) / group, tile.kv_head * group + (first + i) % group);
-            offsets[i] = (row * heads + head) * head_dim;
-            positions[i] = row;
-        }
-        let limit = positions[N - 1] + 1;
-        let blocks = limit.div_ceil(LANES);
-        let area = |index: usize, i: usize| {
-            let start = index * PAIRS * tile.context + i * tile.context;
-            tile.scratch.add(start)
-        };
+        let offsets: [usize; N] =
+            std::array::from_fn(|i| (pair(i).0 * shape.heads + pair(i).1) * head_dim);
+        let area = |index: usize, i: usize| tile.scratch.add((index * PAIRS + i) * tile.context);
         let probs: [*mut f32; N] = std::array::from_fn(|i| area(0, i));
         let grad_scores: [*mut f32; N] = std::array::from_fn(|i| area(1, i));
         let rows_at = tile.scratch.add(2 * PAIRS * tile.context);
         let queries: [*mut f32; N] = std::array::from_fn(|i| rows_at.add(i * padded));
         let grads: [*mut f32; N] = std::array::from_fn(|i| rows_at.add((PAIRS + i) * padded));
+        // 1. The rows, padded, and what softmax takes off each score's gradient.
         let mut pull = [0.0_f32; N];
         for i in 0..N {
             for d in 0..head_dim {
@@ -192,16 +198,17 @@ unsafe fn backward_pairs<S: Simd, const N: usize>(tile: &BackwardTile, first: us
                 pull[i] += grad * *tile.out.add(offsets[i] + d);
             }
         }
+        // 2. The probabilities, again; with a soft cap, its slopes where the scores' gradients go.
         let keys_transposed = panels.keys_transposed.as_ptr();
-        let inverse = probabilities::<S, N>(
+        let inverse = probabilities::<S, f32, N>(
+            shape,
+            &view,
             &queries.map(<*mut f32>::cast_const),
-            &probs,
-            &positions,
-            blocks,
-            (head_dim, scale),
+            (&probs, Some(&grad_scores)),
             |block| keys_transposed.add(block * head_dim * LANES),
         );
-        for block in 0..blocks {
+        // 3. The gradients of the scores.
+        for block in view.blocks.clone() {
             let values = panels.values_transposed.as_ptr().add(block * head_dim * LANES);
             let mut products = [S::splat(0.0); N];
             for d in 0..head_dim {
@@ -210,28 +217,37 @@ unsafe fn backward_pairs<S: Simd, const N: usize>(tile: &BackwardTile, first: us
                     products[i] = S::fma(S::splat(*grads[i].add(d)), value, products[i]);
                 }
             }
+            let at = (block - view.blocks.start) * LANES;
             for i in 0..N {
-                let at = probs[i].add(block * LANES);
-                let p = S::mul(S::load(at), S::splat(inverse[i]));
-                S::store(at, p);
-                let slope = S::mul(S::add(products[i], S::splat(-pull[i])), S::splat(scale));
-                S::store(grad_scores[i].add(block * LANES), S::mul(p, slope));
+                let (prob, grad_score) = (probs[i].add(at), grad_scores[i].add(at));
+                let p = S::mul(S::load(prob), S::splat(inverse[i]));
+                S::store(prob, p);
+                let slope = S::mul(S::add(products[i], S::splat(-pull[i])), S::splat(shape.scale));
+                let mut grad = S::mul(p, slope);
+                if shape.soft_cap.is_some() {
+                    grad = S::mul(grad, S::load(grad_score));
+                }
+                S::store(grad_score, grad);
             }
         }
+        // 4. The gradients of queries, keys and values.
+        let keys = view.keys(view.blocks.start).start..view.keys(view.blocks.end - 1).end;
+        let first_key = view.blocks.start * LANES;
         for lane in (0..padded).step_by(LANES) {
             let mut sums = [S::splat(0.0); N];
             let query: [S::V; N] = std::array::from_fn(|i| S::load(queries[i].add(lane)));
             let grad: [S::V; N] = std::array::from_fn(|i| S::load(grads[i].add(lane)));
-            for key in 0..limit {
+            for key in keys.clone() {
                 let at = key * padded + lane;
                 let row = S::load(panels.keys.as_ptr().add(at));
                 let mut grad_key = S::load(panels.grad_keys.as_ptr().add(at));
                 let mut grad_value = S::load(panels.grad_values.as_ptr().add(at));
                 for i in 0..N {
-                    let slope = S::splat(*grad_scores[i].add(key));
+                    let slope = S::splat(*grad_scores[i].add(key - first_key));
                     sums[i] = S::fma(slope, row, sums[i]);
                     grad_key = S::fma(slope, query[i], grad_key);
-                    grad_value = S::fma(S::splat(*probs[i].add(key)), grad[i], grad_value);
+                    let p = S::splat(*probs[i].add(key - first_key));
+                    grad_value = S::fma(p, grad[i], grad_value);
                 }
                 S::store(panels.grad_keys.as_mut_ptr().add(at), grad_key);
                 S::store(panels.grad_values.as_mut_ptr().add(at), grad_value);
@@ -242,4 +258,5 @@ unsafe fn backward_pairs<S: Simd, const N: usize>(tile: &BackwardTile, first: us
             }
         }
     }
+    N
 }

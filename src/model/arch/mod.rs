@@ -1,7 +1,10 @@
 //! The families, one file each. A newcomer is a file here and a line in [`ARCHITECTURES`].
 
+mod gemma2;
 mod llama;
+mod mistral;
 mod qwen2;
+mod qwen3;
 
 use super::config::{ModelConfig, RawConfig};
 
@@ -14,7 +17,13 @@ pub struct Architecture {
 }
 
 /// Every family that can be trained and served.
-pub const ARCHITECTURES: &[Architecture] = &[llama::ARCHITECTURE, qwen2::ARCHITECTURE];
+pub const ARCHITECTURES: &[Architecture] = &[
+    gemma2::ARCHITECTURE,
+    llama::ARCHITECTURE,
+    mistral::ARCHITECTURE,
+    qwen2::ARCHITECTURE,
+    qwen3::ARCHITECTURE,
+];
 
 pub(super) fn find(model_type: &str) -> Result<&'static Architecture, String> {
     ARCHITECTURES.iter().find(|architecture| architecture.model_type == model_type).ok_or_else(

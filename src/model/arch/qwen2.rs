@@ -1,4 +1,5 @@
-//! Qwen2 and Qwen2.5: Llama's shape with a bias on queries, keys and values.
+//! Qwen2 and Qwen2.5: Llama's shape with a bias on queries, keys and values, and maybe a window on the
+//! upper layers.
 
 use super::Architecture;
 use crate::model::config::{ModelConfig, RawConfig};
@@ -6,8 +7,11 @@ use crate::model::config::{ModelConfig, RawConfig};
 pub(super) const ARCHITECTURE: Architecture = Architecture { model_type: "qwen2", configure };
 
 fn configure(raw: &RawConfig) -> Result<ModelConfig, String> {
-    if raw.use_sliding_window == Some(true) {
-        return Err("use_sliding_window true is not supported".into());
-    }
-    Ok(ModelConfig { qkv_bias: true, o_bias: false, mlp_bias: false, ..raw.llama_shaped()? })
+    Ok(ModelConfig {
+        qkv_bias: true,
+        o_bias: false,
+        mlp_bias: false,
+        layer_windows: raw.qwen_windows()?,
+        ..raw.llama_shaped()?
+    })
 }

@@ -21,6 +21,7 @@ use crate::model::ModelError;
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 /// The tensors of a folder, each in its file's dtype.
+#[derive(Clone)]
 pub(in crate::model) struct SafetensorsFolder {
     tensors: BTreeMap<String, StoredTensor>,
     dir: PathBuf,

@@ -1,0 +1,117 @@
+//! The forward pass of one key head for some rows of one sequence.
+
+use super::{
+    AttentionShape, PAIRS,
+    panels::KvElement,
+    scores::{View, probabilities},
+};
+use crate::kernels::simd::{LANES, Simd, store_partial};
+
+/// Some rows of one sequence, for the heads that share one key head.
+pub(in crate::kernels) struct ForwardTile {
+    pub(super) shape: AttentionShape,
+    /// The panels' elements, whatever their form.
+    pub(super) keys: *const u8,
+    pub(super) values: *const u8,
+    pub(super) queries: *const f32,
+    pub(super) out: *mut f32,
+    pub(super) rows: usize,
+    pub(super) first_position: usize,
+    pub(super) kv_head: usize,
+    pub(super) block_table: *const u32,
+    /// For each of at most `PAIRS` pairs, `context + padded_dim` elements.
+    pub(super) scratch: *mut f32,
+    /// Positions of all blocks that any row sees.
+    pub(super) context: usize,
+}
+
+/// # Safety
+/// Panels (of elements `E`), pointers and the block table cover what the fields say, nobody else writes
+/// these rows of these heads, and the CPU has the features of `S`.
+#[inline(always)]
+pub(in crate::kernels) unsafe fn forward_tile<S: Simd, E: KvElement>(tile: &ForwardTile) {
+    let count = tile.rows * tile.shape.group();
+    // SAFETY: by contract; `first` stays below the number of pairs.
+    unsafe {
+        for first in (0..count).step_by(PAIRS) {
+            // A group of heads passes over its keys and values once, whatever its size.
+            match count - first {
+                1 => forward_pairs::<S, E, 1>(tile, first),
+                2 => forward_pairs::<S, E, 2>(tile, first),
+                3 => forward_pairs::<S, E, 3>(tile, first),
+                4 => forward_pairs::<S, E, 4>(tile, first),
+                5 => forward_pairs::<S, E, 5>(tile, first),
+                6 => forward_pairs::<S, E, 6>(tile, first),
+                7 => forward_pairs::<S, E, 7>(tile, first),
+                _ => forward_pairs::<S, E, PAIRS>(tile, first),
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn forward_pairs<S: Simd, E: KvElement, const N: usize>(tile: &ForwardTile, first: usize) {
+    let shape = &tile.shape;
+    let (group, padded) = (shape.group(), shape.padded_dim());
+    let pair = |i: usize| ((first + i) / group, tile.kv_head * group + (first + i) % group);
+    let view = View::<N>::new(shape, std::array::from_fn(|i| tile.first_position + pair(i).0));
+    // SAFETY: by the contract of `forward_tile`.
+    unsafe {
+        let offsets: [usize; N] =
+            std::array::from_fn(|i| (pair(i).0 * shape.heads + pair(i).1) * shape.head_dim);
+        let rows: [*mut f32; N] = std::array::from_fn(|i| tile.scratch.add(i * tile.context));
+        let sums_at = tile.scratch.add(N * tile.context);
+        let sums: [*mut f32; N] = std::array::from_fn(|i| sums_at.add(i * padded));
+        let head_block = |panel: *const u8, block: usize, record: usize| {
+            let place = *tile.block_table.add(block) as usize * shape.kv_heads + tile.kv_head;
+            panel.cast::<E>().add(place * (record + E::SCALES))
+        };
+        // 1. Probabilities, but for the division by their sum.
+        let queries = offsets.map(|offset| tile.queries.add(offset));
+        let key_block = |block| head_block(tile.keys, block, shape.head_dim * LANES);
+        let inverse = probabilities::<S, E, N>(shape, &view, &queries, (&rows, None), key_block);
+        // 2. The values' sums, weighted with them.
+        for sum in sums {
+            for lane in (0..padded).step_by(LANES) {
+                S::store(sum.add(lane), S::splat(0.0));
+            }
+        }
+        for block in view.blocks.clone() {
+            let head = head_block(tile.values, block, padded * LANES);
+            let at = (block - view.blocks.start) * LANES;
+            let weights = rows.map(|row| row.add(at));
+            if E::SCALES > 0 {
+                let scales = S::load(head.cast::<f32>());
+                for weight in weights {
+                    S::store(weight, S::mul(S::load(weight), scales));
+                }
+            }
+            let (values, keys) = (head.add(E::SCALES), view.keys(block));
+            let keys = keys.start - block * LANES..keys.end - block * LANES;
+            for lane in (0..padded).step_by(LANES) {
+                let mut sum = sums.map(|sum| S::load(sum.add(lane)));
+                for key in keys.clone() {
+                    let value = E::load::<S>(values.add(key * padded + lane));
+                    for i in 0..N {
+                        sum[i] = S::fma(S::splat(*weights[i].add(key)), value, sum[i]);
+                    }
+                }
+                for i in 0..N {
+                    S::store(sums[i].add(lane), sum[i]);
+                }
+            }
+        }
+        // 3. The division.
+        for i in 0..N {
+            for lane in (0..padded).step_by(LANES) {
+                let result = S::mul(S::load(sums[i].add(lane)), S::splat(inverse[i]));
+                let to = tile.out.add(offsets[i] + lane);
+                if lane + LANES <= shape.head_dim {
+                    S::store(to, result);
+                } else {
+                    store_partial::<S>(to, result, shape.head_dim - lane);
+                }
+            }
+        }
+    }
+}
