@@ -170,6 +170,20 @@ impl PackedWeight {
         }
     }
 
+    /// Packs f32 weights in the smallest form that holds each of them exactly.
+    #[must_use]
+    pub fn from_f32_exact(weight: &[f32], in_features: usize) -> Self {
+        let halves = |value: &f32| f16::from_f32(*value).to_f32().to_bits() == value.to_bits();
+        let form = if weight.iter().all(|value| value.to_bits() & 0xFFFF == 0) {
+            WeightForm::Bf16
+        } else if weight.iter().all(halves) {
+            WeightForm::F16
+        } else {
+            WeightForm::F32
+        };
+        Self::from_f32(form, weight, in_features)
+    }
+
     /// How the weights are held.
     #[must_use]
     pub fn form(&self) -> WeightForm {

@@ -13,8 +13,9 @@ use std::{hint::black_box, ops::Range};
 use super::{
     Kernels,
     panels::{GROUP, PackedWeight, WeightForm},
-    product::{prefetch, tile_height},
+    product::prefetch,
     quant_rows::{QuantPlaces, WORDS, with_quant_rows},
+    row_tiles::tile_height,
     simd::{LANES, Simd, load_partial, store_partial},
     threads::{Shared, for_each_tile},
 };

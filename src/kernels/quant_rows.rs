@@ -5,8 +5,8 @@ use std::cell::Cell;
 use super::{
     Kernels,
     panels::GROUP,
-    product::tile_height,
     quantize::{size, whole},
+    row_tiles::tile_height,
     simd::{LANES, Simd},
     threads::{Shared, for_each_range},
 };

@@ -3,8 +3,8 @@
 use std::sync::OnceLock;
 
 use super::{
-    attention, gemm, lora, portable, product, quant_product, quant_rows, quantize, rows, tanh,
-    turned,
+    attention, gemm, lora, portable, product, quant_product, quant_rows, quantize, row_tiles, rows,
+    tanh, turned,
 };
 
 /// The functions of one instruction set. They are called only by the safe wrappers of this floor,
@@ -18,6 +18,7 @@ pub struct Kernels {
     pub(super) row_tile: usize,
     /// Rows of a tile of integers.
     pub(super) quant_tile: usize,
+    pub(super) tile_rows: unsafe fn(row_tiles::TileRows<'_>),
     pub(super) panels_f32: unsafe fn(&product::PanelTile),
     pub(super) panels_f16: unsafe fn(&product::PanelTile),
     pub(super) panels_bf16: unsafe fn(&product::PanelTile),
@@ -46,20 +47,22 @@ pub struct Kernels {
 }
 
 /// Instantiates the generic bodies for one instruction set as `KERNELS`. The numbers are the sizes of
-/// its register tiles: rows that are few, rows of a tile, panels under few rows, panels under a tile;
+/// its register tiles: rows that are few, rows of a group of these, rows of a tile, panels under one or two rows, panels
+/// under more;
 /// rows of a tile of integers and its panels.
 macro_rules! kernels_for {
-    ($simd:ty, $name:literal, ($few:literal, $many:literal, $wide:literal, $nv:literal),
+    ($simd:ty, $name:literal, ($few:literal, $group:literal, $many:literal, $wide:literal, $nv:literal),
      ($quant_many:literal, $quant_nv:literal), #[$attribute:meta]) => {
         type F16 = half::f16;
         type Bf16 = half::bf16;
         kernels_for!(#[$attribute],
+            tile_rows(job: super::row_tiles::TileRows<'_>) -> () = row_tiles::tile_rows::<$simd>;
             panels_f32(tile: &super::product::PanelTile) -> ()
-                = product::panel_tile::<$simd, f32, $few, $many, $wide, $nv>;
+                = product::panel_tile::<$simd, f32, $group, $many, $wide, $nv>;
             panels_f16(tile: &super::product::PanelTile) -> ()
-                = product::panel_tile::<$simd, F16, $few, $many, $wide, $nv>;
+                = product::panel_tile::<$simd, F16, $group, $many, $wide, $nv>;
             panels_bf16(tile: &super::product::PanelTile) -> ()
-                = product::panel_tile::<$simd, Bf16, $few, $many, $wide, $nv>;
+                = product::panel_tile::<$simd, Bf16, $group, $many, $wide, $nv>;
             panels_int8(tile: &super::quant_product::QuantTile) -> ()
                 = quant_product::quant_tile::<$simd, 8, $quant_many, $wide, $quant_nv>;
             panels_int4(tile: &super::quant_product::QuantTile) -> ()
@@ -104,6 +107,7 @@ macro_rules! kernels_for {
             few_rows: $few,
             row_tile: $many,
             quant_tile: $quant_many,
+            tile_rows,
             panels_f32,
             panels_f16,
             panels_bf16,
