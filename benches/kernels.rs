@@ -39,12 +39,7 @@ fn main() {
     }
 }
 
-fn linear(
-    name: &str,
-    form: WeightForm,
-    (inputs, outputs): (usize, usize),
-    limits: &Roofline,
-) {
+fn linear(name: &str, form: WeightForm, (inputs, outputs): (usize, usize), limits: &Roofline) {
     let peak = if form.is_exact() { limits.f32_per_second } else { limits.int8_per_second };
     let values: Vec<f32> = (0..inputs * outputs).map(noise).collect();
     let first = PackedWeight::from_f32(form, &values, inputs);

@@ -422,11 +422,11 @@ fn a_card_travels_beside_the_adapter_and_tells_its_base() {
     card.write(&dir).unwrap();
     assert_eq!(AdapterCard::read(&dir).unwrap(), Some(card));
     check_base(&dir, || "f00d").unwrap();
-    let error = check_base(&dir, "beef").unwrap_err();
+    let error = check_base(&dir, || "beef").unwrap_err();
     assert_eq!(error.reason(), "wrong_base");
     assert!(error.to_string().contains("f00d") && error.to_string().contains("beef"));
     fs::write(dir.join(AdapterCard::FILE_NAME), "{").unwrap();
-    assert_eq!(check_base(&dir, "f00d").unwrap_err().reason(), "malformed_config");
+    assert_eq!(check_base(&dir, || "f00d").unwrap_err().reason(), "malformed_config");
 }
 
 #[test]

@@ -49,7 +49,7 @@ fn oracle(family: &str) -> (Vec<u32>, Vec<Vec<f32>>) {
 /// An adapter on all projections with random A and B, trainable.
 fn adapter(config: &ModelConfig, seed: u64) -> LoraAdapter {
     let (rank, alpha, targets) = (3, 6.0, Projection::ALL.to_vec());
-    let lora = LoraConfig { rank, alpha, dropout: 0.0, targets, use_rslora: false };
+    let lora = LoraConfig { rank, alpha, targets, ..LoraConfig::default() };
     let adapter = LoraAdapter::fresh(&lora, config, seed).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     for (_, variable) in adapter.variables() {

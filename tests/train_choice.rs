@@ -58,7 +58,7 @@ fn job(dir: &Path, change: impl FnOnce(&mut TrainConfig)) -> TrainJob {
     change(&mut config);
     let pairs = config.objective.wants_pairs();
     let (train, valid) = (rows(16, 20, 4, pairs), rows(4, 30, 5, pairs));
-    TrainJob { config, model_dir, train, valid, sources: Vec::new() }
+    TrainJob { config, model_dir, train, valid, sources: Vec::new(), companions: Vec::new() }
 }
 
 fn run_until(
@@ -201,7 +201,8 @@ fn orpo_learns_with_and_without_the_prompts() {
         let (_, events) = run_to_end(&job);
         let steps: Vec<_> = (events.iter())
             .filter_map(|event| {
-                let TrainEvent::Step { loss, token_accuracy, num_trained_tokens, .. } = event else {
+                let TrainEvent::Step { loss, token_accuracy, num_trained_tokens, .. } = event
+                else {
                     return None;
                 };
                 Some((*loss, *token_accuracy, *num_trained_tokens))

@@ -10,7 +10,7 @@ use std::{
     path::Path,
     process::{Command, Output, Stdio},
     thread::sleep,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use common::{TempDir, fixture};
@@ -116,7 +116,10 @@ fn halving_leaves_the_worse_ones_behind_and_a_killed_sweep_comes_to_the_same_end
     assert!(statuses.contains(&"eliminated"), "{statuses:?}");
     assert_eq!(whole[0]["settings"]["lr"], 1e-2);
     let slowest = whole.iter().find(|row| row["settings"]["lr"] == 1e-6).unwrap();
-    assert_eq!((slowest["status"].as_str(), slowest["step"].as_u64()), (Some("eliminated"), Some(4)));
+    assert_eq!(
+        (slowest["status"].as_str(), slowest["step"].as_u64()),
+        (Some("eliminated"), Some(4))
+    );
 
     for moment in 1..=5_u32 {
         let mut child = train(&dir.0, "killed", &settings).spawn().unwrap();

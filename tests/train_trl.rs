@@ -77,6 +77,7 @@ fn compare(model_dir: &Path, trace_dir: &Path, kind: &str) -> Differences {
         train: steps.iter().flat_map(rows).map(|value| example(&value)).collect(),
         valid: Vec::new(),
         sources: Vec::new(),
+        companions: Vec::new(),
     };
     let mut losses = Vec::new();
     let mut observer = |event: &TrainEvent| {
@@ -87,19 +88,21 @@ fn compare(model_dir: &Path, trace_dir: &Path, kind: &str) -> Differences {
     run(&job, &mut observer, &AtomicBool::new(false)).unwrap();
     assert_eq!(losses.len(), steps.len());
 
-    let theirs = |key: &str| steps.iter().map(|step| step[key].as_f64()).collect::<Option<Vec<_>>>();
+    let theirs =
+        |key: &str| steps.iter().map(|step| step[key].as_f64()).collect::<Option<Vec<_>>>();
     let largest = |one: &[f64], other: &[f64]| {
         one.iter().zip(other).map(|(one, other)| (one - other).abs()).fold(0.0, f64::max)
     };
     let f32_losses = theirs("loss").unwrap();
-    let bf16 = theirs("bf16_loss").map(|bf16| (largest(&losses, &bf16), largest(&f32_losses, &bf16)));
+    let bf16 =
+        theirs("bf16_loss").map(|bf16| (largest(&losses, &bf16), largest(&f32_losses, &bf16)));
     let config = ModelConfig::from_dir(model_dir).unwrap();
     let read = |dir: &Path| LoraAdapter::read(dir, &config, false).unwrap();
     let (ours, peft) = (read(&job.config.output), read(&trace_dir.join(format!("{kind}-final"))));
     let mut adapter = 0.0_f32;
     for (site, module) in peft.modules() {
         let own = &ours.modules()[site];
-        for (theirs, ours) in [(&module.a, &own.a), (&module.b, &own.b)] {
+        for (theirs, ours) in module.matrices().unwrap().into_iter().zip(own.matrices().unwrap()) {
             let difference = (theirs - ours).unwrap().abs().unwrap().max_all().unwrap();
             adapter = adapter.max(difference.to_scalar().unwrap());
         }
@@ -110,7 +113,9 @@ fn compare(model_dir: &Path, trace_dir: &Path, kind: &str) -> Differences {
 fn check(model_dir: &Path, trace_dir: &Path) {
     for kind in ["sft", "dpo"] {
         let Differences { loss, adapter, bf16 } = compare(model_dir, trace_dir, kind);
-        println!("{kind}: losses differ by at most {loss:.1e}, A and B by {adapter:.1e}; bf16: {bf16:?}");
+        println!(
+            "{kind}: losses differ by at most {loss:.1e}, A and B by {adapter:.1e}; bf16: {bf16:?}"
+        );
         assert!(loss <= 1e-4, "{kind}: a loss differs by {loss}");
         assert!(adapter <= 1e-3, "{kind}: A or B differs by {adapter}");
         // Ours is over the bf16 weights with f32 activations: as far from torch's bf16 as torch's f32 is.

@@ -162,7 +162,10 @@ fn a_collector_gets_the_figures_now_and_then_and_at_the_end() {
     let (first, body) = received.recv_timeout(PATIENCE).unwrap();
     assert!(first.starts_with("POST /v1/metrics "), "{first}");
     let attributes = &body["resourceMetrics"][0]["resource"]["attributes"];
-    assert_eq!(attributes[0], json!({"key": "service.name", "value": {"stringValue": "tunesmith"}}));
+    assert_eq!(
+        attributes[0],
+        json!({"key": "service.name", "value": {"stringValue": "tunesmith"}})
+    );
     wait("a step", || (count(&dir.0, "step") > 1).then_some(()));
     signal(&child, "-TERM");
     assert!(child.wait_with_output().unwrap().status.success());

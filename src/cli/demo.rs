@@ -23,7 +23,7 @@ use super::{
 };
 use crate::data::{Row, RowBody, read_rows};
 use crate::eval::{EvalReport, Requirement, table};
-use crate::train::{TrainConfig, Surroundings, run_with as train};
+use crate::train::{Surroundings, TrainConfig, run_with as train};
 
 /// What clients call the adapter.
 const ADAPTER_NAME: &str = "recipe-assistant";

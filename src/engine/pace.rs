@@ -23,7 +23,7 @@ const NEWEST: f64 = 0.3;
 /// What a step has to do, in rows without context.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct StepLoad {
-    rows: usize,
+    pub(super) rows: usize,
     load: f64,
 }
 

@@ -199,9 +199,15 @@ fn left_behind(candidates: &[Candidate], keep: usize) -> Vec<usize> {
 }
 
 /// After how many steps how many candidates go on; the last goes to the end.
-fn rungs(num_candidates: usize, total: usize, eval_every: usize, halving: bool) -> Vec<(usize, usize)> {
+fn rungs(
+    num_candidates: usize,
+    total: usize,
+    eval_every: usize,
+    halving: bool,
+) -> Vec<(usize, usize)> {
     let mut rungs: Vec<(usize, usize)> = Vec::new();
-    let num_halvings = if halving { num_candidates.next_power_of_two().trailing_zeros() } else { 0 };
+    let num_halvings =
+        if halving { num_candidates.next_power_of_two().trailing_zeros() } else { 0 };
     for round in 1..=num_halvings {
         // Where a validation would be in any case.
         let step = (total >> (num_halvings - round + 1)).max(1);
@@ -392,8 +398,7 @@ fn add_to_report(path: &Path, rows: &[SweepRow]) -> Result<(), TrainError> {
     let line = |tag: &str, line: &[String]| {
         format!("<tr>{}</tr>\n", line.iter().map(|text| cell(tag, text)).collect::<String>())
     };
-    let mut table =
-        "<h2>Sweep</h2>\n<div class=\"scroll\"><table class=\"answers\">\n".to_owned();
+    let mut table = "<h2>Sweep</h2>\n<div class=\"scroll\"><table class=\"answers\">\n".to_owned();
     table += &line("th", &HEADINGS.map(str::to_owned));
     table.extend(rows.iter().map(|row| line("td", &cells(row))));
     table += "</table></div>\n</main>";

@@ -9,7 +9,7 @@ use std::{
 use anyhow::Context;
 
 use crate::adapters::{AdapterRegistry, AdapterVersion, LoraAdapter, LoraConfig};
-use crate::model::{Decoder, Projection};
+use crate::model::Decoder;
 
 /// Loads `folders`, then makes `num_fresh` adapters of `rank` on all projections. These change nothing, since
 /// their B is 0, and cost what trained ones cost.
@@ -47,13 +47,7 @@ fn fresh(
     rank: usize,
     dir: &Path,
 ) -> anyhow::Result<Arc<AdapterVersion>> {
-    let config = LoraConfig {
-        rank,
-        alpha: 2.0 * rank as f64,
-        dropout: 0.0,
-        targets: Projection::ALL.to_vec(),
-        use_rslora: false,
-    };
+    let config = LoraConfig { rank, alpha: 2.0 * rank as f64, ..LoraConfig::default() };
     let adapter = LoraAdapter::fresh(&config, decoder.config(), index as u64)?;
     fs::create_dir_all(dir)?;
     adapter.write(dir, "base")?;

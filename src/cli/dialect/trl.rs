@@ -267,8 +267,14 @@ fn model(theirs: &Theirs, ours: &mut Translation) {
 
 /// Whether the rows are preferences.
 fn objective(theirs: &Theirs, ours: &mut Translation) -> bool {
-    const ONLY_DPO: &[&str] =
-        &["beta", "loss_weights", "precompute_ref_log_probs", "sync_ref_model", "reference_free", "rpo_alpha"];
+    const ONLY_DPO: &[&str] = &[
+        "beta",
+        "loss_weights",
+        "precompute_ref_log_probs",
+        "sync_ref_model",
+        "reference_free",
+        "rpo_alpha",
+    ];
     let loss = theirs.list("loss_type").unwrap_or_default();
     let by_keys = ONLY_DPO.iter().any(|key| theirs.get(key).is_some())
         || loss.iter().any(|name| name == "sigmoid");
@@ -278,7 +284,8 @@ fn objective(theirs: &Theirs, ours: &mut Translation) -> bool {
         "dpo" => pair_losses(theirs, &loss, ours),
         "orpo" => ours.set("orpo_beta", theirs.number("beta").map_or(json!(0.1), plain)),
         _ => {
-            for name in loss.iter().filter(|name| !["nll", "chunked_nll"].contains(&name.as_str())) {
+            for name in loss.iter().filter(|name| !["nll", "chunked_nll"].contains(&name.as_str()))
+            {
                 ours.refuse(format!("loss_type: {name} is not available; use nll"));
             }
         }

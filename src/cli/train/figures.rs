@@ -68,9 +68,12 @@ const FIGURES: &[Figure] = &[
     }),
     gauge("epoch", "Passes over the data.", "{epoch}", |s| s.epoch),
     gauge("loss", "Loss of the last step.", "1", |s| s.loss),
-    gauge("token_accuracy", "Share of trained tokens (or pairs) right in the last step.", "1", |s| {
-        s.token_accuracy
-    }),
+    gauge(
+        "token_accuracy",
+        "Share of trained tokens (or pairs) right in the last step.",
+        "1",
+        |s| s.token_accuracy,
+    ),
     gauge("learning_rate", "Learning rate of the last step.", "1", |s| s.learning_rate),
     gauge("grad_norm", "Norm of the last gradient before clipping.", "1", |s| s.grad_norm),
     gauge("valid_loss", "Loss of the last validation.", "1", |s| s.valid_loss),
@@ -128,8 +131,9 @@ impl Figures {
 
     /// The body of an OTLP/HTTP export in JSON. `output` names the run.
     pub(super) fn otlp(&self, output: &str) -> Value {
-        let nanoseconds =
-            |time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos().to_string();
+        let nanoseconds = |time: SystemTime| {
+            time.duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos().to_string()
+        };
         let (now, started) = (nanoseconds(SystemTime::now()), nanoseconds(self.started));
         let metric = |(figure, value): (&Figure, f64)| {
             let points = json!([
@@ -149,7 +153,8 @@ impl Figures {
             }
             metric
         };
-        let attribute = |key: &str, value: &str| json!({"key": key, "value": {"stringValue": value}});
+        let attribute =
+            |key: &str, value: &str| json!({"key": key, "value": {"stringValue": value}});
         let version = env!("CARGO_PKG_VERSION");
         json!({"resourceMetrics": [{
             "resource": {"attributes": [

@@ -100,13 +100,7 @@ impl Drop for Pusher {
 }
 
 /// Until the other end of `ended` is gone.
-fn push(
-    url: &str,
-    interval: Duration,
-    output: &str,
-    figures: &Figures,
-    ended: &Receiver<()>,
-) {
+fn push(url: &str, interval: Duration, output: &str, figures: &Figures, ended: &Receiver<()>) {
     let agent: Agent = Agent::config_builder().timeout_global(Some(TIMEOUT)).build().into();
     let mut complained = false;
     loop {

@@ -44,7 +44,8 @@ impl Standing {
     ) -> Option<Self> {
         let mut standing: Option<Self> = None;
         for event in events {
-            let TrainEvent::Validated { step, full: true, loss, token_accuracy, .. } = *event else {
+            let TrainEvent::Validated { step, full: true, loss, token_accuracy, .. } = *event
+            else {
                 continue;
             };
             if step > until {
@@ -57,8 +58,7 @@ impl Standing {
                 standing = Some(first);
                 continue;
             };
-            let num_stale =
-                if loss < before.loss - threshold { 0 } else { before.num_stale + 1 };
+            let num_stale = if loss < before.loss - threshold { 0 } else { before.num_stale + 1 };
             let best = if loss < before.loss { first } else { before };
             standing = Some(Self { newest: step, num_stale, ..best });
         }
@@ -151,15 +151,19 @@ fn last_folder(output: &Path) -> PathBuf {
 fn save(folder: &Path, step: usize, optimizer: &AdamW) -> Result<(), TrainError> {
     disk::create_dir_all(folder)?;
     let tensors = optimizer.parameters().iter().map(|(name, var)| (name, var.as_tensor().clone()));
-    let bytes = safetensors::serialize(tensors, None).map_err(|error| {
-        TrainError::Checkpoint { path: folder.to_owned(), reason: error.to_string() }
+    let bytes = safetensors::serialize(tensors, None).map_err(|error| TrainError::Checkpoint {
+        path: folder.to_owned(),
+        reason: error.to_string(),
     })?;
     let path = folder.join(format!("{}{}.safetensors", prefix(step), hash(&bytes)));
     publish_file(&path, &bytes)?;
     let mut names: Vec<_> = files(folder)?;
     names.sort_unstable();
     for old in names.into_iter().rev().skip(NUM_KEPT) {
-        disk::remove_file(&old)?;
+        // It costs room and nothing else.
+        if let Err(error) = disk::remove_file(&old) {
+            tracing::warn!("{error}");
+        }
     }
     Ok(())
 }
@@ -172,7 +176,8 @@ fn load(folder: &Path, step: usize, optimizer: &AdamW) -> Result<(), TrainError>
     };
     let missing = || failed(format!("the parameters of the best step, {step}, are not there"));
     let path = files(folder)?.into_iter().find(named).ok_or_else(missing)?;
-    let bytes = fs::read(&path).map_err(|source| TrainError::File { path: path.clone(), source })?;
+    let bytes =
+        fs::read(&path).map_err(|source| TrainError::File { path: path.clone(), source })?;
     if !path.to_string_lossy().contains(&hash(&bytes)) {
         return Err(failed(format!("{} is not what was written", path.display())));
     }
