@@ -10,6 +10,7 @@
 //! sweep that was killed needs no memory of its own.
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     sync::atomic::AtomicBool,
@@ -130,7 +131,7 @@ pub fn run_sweep(
     {
         for index in 0..candidates.len() {
             let candidate = &mut candidates[index];
-            if candidate.row.status != UNFINISHED || candidate.summary.is_some() {
+            if candidate.row.status != UNFINISHED {
                 continue;
             }
             job.config = candidate.config.clone();
@@ -187,14 +188,15 @@ impl Candidate {
     }
 }
 
-/// Those of the candidates that are still on their way, beyond the best `keep`.
+/// Those of the candidates that are still on their way, beyond the best `keep`. One that is published
+/// already counts as well: it was left behind here before the process was killed, or has ended by itself.
 fn left_behind(candidates: &[Candidate], keep: usize) -> Vec<usize> {
     let on_their_way = |index: &usize| candidates[*index].row.status == UNFINISHED;
     let mut ranked: Vec<usize> = (0..candidates.len()).filter(on_their_way).collect();
     let loss = |index: &usize| candidates[*index].row.loss.unwrap_or(f64::INFINITY);
     // Stable: of equal ones the first stays.
     ranked.sort_by(|one, other| loss(one).total_cmp(&loss(other)));
-    ranked.into_iter().skip(keep).filter(|index| candidates[*index].summary.is_none()).collect()
+    ranked.into_iter().skip(keep).collect()
 }
 
 /// After how many steps how many candidates go on; the last goes to the end.
@@ -268,7 +270,7 @@ impl Candidate {
         let name = name(&settings);
         let own = TrainConfig {
             output: sweep_dir(&config.output).join(&name),
-            sweep: Default::default(),
+            sweep: BTreeMap::new(),
             sweep_halving: false,
             // Wherever it is, it goes on from there.
             resume: true,

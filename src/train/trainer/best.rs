@@ -52,7 +52,7 @@ impl Standing {
                 continue;
             }
             // What is no number is worse than any.
-            let loss = if loss.is_nan() { f64::INFINITY } else { loss };
+            let loss = if loss.is_nan() { f64::INFINITY } else { comparable(loss) };
             let first = Self { step, loss, token_accuracy, newest: step, num_stale: 0 };
             let Some(before) = standing else {
                 standing = Some(first);
@@ -64,6 +64,13 @@ impl Standing {
         }
         standing
     }
+}
+
+/// `loss` without its last digits: a number that was read back from a log may have lost the very last, and
+/// who is best must not depend on that.
+fn comparable(loss: f64) -> f64 {
+    const DIGITS: f64 = 1e9;
+    (loss * DIGITS).round() / DIGITS
 }
 
 /// Checks that there is something to be best at.
