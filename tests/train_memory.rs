@@ -72,7 +72,14 @@ fn job(dir: &Path, family: &str, change: impl FnOnce(&mut TrainConfig)) -> Train
             example.rejected = Some(Box::new(other));
         }
     }
-    TrainJob { config, model_dir, train, valid: Vec::new(), sources: Vec::new() }
+    TrainJob {
+        config,
+        model_dir,
+        train,
+        valid: Vec::new(),
+        sources: Vec::new(),
+        companions: Vec::new(),
+    }
 }
 
 /// Runs to the end, or until `steps` are made.

@@ -135,7 +135,8 @@ fn adapter_parameters(
 ) -> usize {
     let shapes = projections.iter().map(|projection| model.projection_shape(*projection));
     let per_layer: usize = shapes.map(|(inputs, outputs)| config.rank * (inputs + outputs)).sum();
-    per_layer * model.num_layers
+    let tables = config.modules_to_save.len() * model.vocab_size + 2 * config.train_tokens.len();
+    per_layer * model.num_layers + tables * model.hidden_size
 }
 
 fn num_parameters(model: &ModelConfig) -> usize {

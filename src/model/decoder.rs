@@ -181,9 +181,8 @@ impl Decoder {
                 }
                 (Parameter::Matrix(weight), Some(originals)) => {
                     let stored = originals.find(&name, &<[usize; 2]>::from(weight.dims2()?))?;
-                    let tensor = stored.tensor()?;
-                    hash.update(&begin(&name, tensor.dtype(), tensor.dims()));
-                    hash.update(&View::data(&tensor));
+                    hash.update(&begin(&name, stored.dtype, &<[usize; 2]>::from(weight.dims2()?)));
+                    stored.for_each_bytes(|bytes| hash.update(bytes))?;
                 }
             }
         }

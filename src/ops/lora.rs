@@ -10,7 +10,7 @@ use super::{
     storage::{f32_slice, mismatch, tensor, with_f32},
     weight::Weight,
 };
-use crate::kernels::{LoraSegment, MatmulJob, PackedWeight, WeightForm, add_lora, best, linear};
+use crate::kernels::{LoraSegment, MatmulJob, PackedWeight, add_lora, best, linear};
 
 const NAME: &str = "lora";
 
@@ -37,7 +37,8 @@ impl std::fmt::Debug for LoraPart {
 }
 
 impl LoraPart {
-    /// Packs `a [rank, in]` and `b [out, rank]`, f32.
+    /// Packs `a [rank, in]` and `b [out, rank]`, f32; in half the bytes where every value is one of bf16 or
+    /// f16, as those of a file of 16 bits are.
     ///
     /// # Errors
     /// Other shapes or dtypes.
@@ -48,7 +49,7 @@ impl LoraPart {
         let pack = |tensor: &Tensor| {
             let columns = tensor.dims2()?.1;
             with_f32(tensor, NAME, |values| {
-                Ok(Arc::new(PackedWeight::from_f32(WeightForm::F32, values, columns)))
+                Ok(Arc::new(PackedWeight::from_f32_exact(values, columns)))
             })
         };
         Ok(Self { a: pack(a)?, b: pack(b)?, scale: narrow(scale) })

@@ -23,7 +23,7 @@ use super::{
     output,
     trainer::{Position, Turn, total_steps_of},
 };
-use crate::publish::{publish_dir, publish_file};
+use crate::publish::{disk, publish_dir, publish_file};
 
 /// Settings that leave batches and their order alone.
 const KEYS: &[&str] = &[
@@ -304,9 +304,9 @@ fn prepare(config: &TrainConfig) -> Result<Option<TrainSummary>, TrainError> {
         if !config.overwrite {
             return Err(TrainError::Unfinished(dir));
         }
-        fs::remove_dir_all(&dir)?;
+        disk::remove_dir_all(&dir)?;
     }
-    fs::create_dir_all(&dir).map_err(|source| TrainError::File { path: dir, source })?;
+    disk::create_dir_all(&dir)?;
     Ok(None)
 }
 
@@ -343,10 +343,10 @@ fn publish_best(
     publish_dir(&config.output, |folder| -> Result<(), TrainError> {
         for entry in fs::read_dir(&winner)? {
             let path = entry?.path();
-            fs::copy(&path, folder.join(path.file_name().unwrap_or_default()))?;
+            disk::copy(&path, &folder.join(path.file_name().unwrap_or_default()))?;
         }
-        fs::write(folder.join(JSON_FILE), &json)?;
-        fs::write(folder.join(TEXT_FILE), &text)?;
+        disk::write(&folder.join(JSON_FILE), &json)?;
+        disk::write(&folder.join(TEXT_FILE), &text)?;
         add_to_report(&folder.join("report.html"), &rows)
     })?;
     summary.path.clone_from(&config.output);
@@ -401,7 +401,7 @@ fn add_to_report(path: &Path, rows: &[SweepRow]) -> Result<(), TrainError> {
     table += &line("th", &HEADINGS.map(str::to_owned));
     table.extend(rows.iter().map(|row| line("td", &cells(row))));
     table += "</table></div>\n</main>";
-    Ok(fs::write(path, page.replacen("</main>", &table, 1))?)
+    Ok(disk::write(path, page.replacen("</main>", &table, 1))?)
 }
 
 fn wrong(key: &'static str, value: &dyn std::fmt::Debug, allowed: &'static str) -> TrainError {

@@ -14,7 +14,7 @@ use std::{
 use candle_core::{Device, safetensors::load_buffer};
 
 use super::{AdamW, Outcome, TrainError, TrainEvent, TrainJob, Trainer, output};
-use crate::publish::{publish_file, sha256_hex};
+use crate::publish::{disk, publish_file, sha256_hex};
 
 /// Parameters that are kept, see above.
 const NUM_KEPT: usize = 3;
@@ -142,11 +142,7 @@ fn last_folder(output: &Path) -> PathBuf {
 /// Writes the parameters after `step` steps and removes all but the newest. The name has a part of the
 /// content's hash.
 fn save(folder: &Path, step: usize, optimizer: &AdamW) -> Result<(), TrainError> {
-    let at = |path: &Path| {
-        let path = path.to_owned();
-        move |source| TrainError::File { path, source }
-    };
-    fs::create_dir_all(folder).map_err(at(folder))?;
+    disk::create_dir_all(folder)?;
     let tensors = optimizer.parameters().iter().map(|(name, var)| (name, var.as_tensor().clone()));
     let bytes = safetensors::serialize(tensors, None).map_err(|error| TrainError::Checkpoint {
         path: folder.to_owned(),
@@ -157,7 +153,10 @@ fn save(folder: &Path, step: usize, optimizer: &AdamW) -> Result<(), TrainError>
     let mut names: Vec<_> = files(folder)?;
     names.sort_unstable();
     for old in names.into_iter().rev().skip(NUM_KEPT) {
-        fs::remove_file(&old).map_err(at(&old))?;
+        // It costs room and nothing else.
+        if let Err(error) = disk::remove_file(&old) {
+            tracing::warn!("{error}");
+        }
     }
     Ok(())
 }
