@@ -19,6 +19,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod gemm;
+mod heap;
 mod lora;
 mod pages;
 mod panels;
@@ -41,6 +42,7 @@ pub use attention::{
     KvSide, QuerySpan,
 };
 pub use gemm::MatmulJob;
+pub use heap::release_freed_memory;
 pub use lora::{LoraSegment, add_lora};
 pub use panels::{GROUP, PackedWeight, WeightForm};
 pub use roofline::Roofline;

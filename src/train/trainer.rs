@@ -28,6 +28,7 @@ use super::{
     workspace::Workspace,
 };
 use crate::data::Example;
+use crate::kernels::release_freed_memory;
 use crate::model::Dropout;
 use crate::publish::disk;
 
@@ -470,6 +471,7 @@ impl<'a> Trainer<'a> {
 
     /// Validates, publishes the output folder and removes the work folder.
     fn publish(mut self, outcome: Outcome) -> Result<TrainSummary, TrainError> {
+        release_freed_memory();
         self.validate_fully()?;
         self.end_epoch()?;
         self.restore_best(outcome)?;
