@@ -3,7 +3,7 @@
 
 use std::{ops::Range, sync::Arc};
 
-use candle_core::{CpuStorage, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp3, DType, InplaceOp2, Layout, Result, Shape, Tensor};
 
 use super::{
     profile::{Op, time},
@@ -55,12 +55,14 @@ impl LoraPart {
         Ok(Self { a: pack(a)?, b: pack(b)?, scale: narrow(scale) })
     }
 
-    /// `A [rank, in]` and `B [out, rank]` as they were packed.
+    /// `A [rank, in]` and `B [out, rank]` with the values that were packed, f32.
     ///
     /// # Errors
     /// Where there is no memory for them.
     pub fn matrices(&self) -> Result<[Tensor; 2]> {
-        let unpack = |packed: &Arc<PackedWeight>| Weight::Packed(Arc::clone(packed)).to_tensor();
+        let unpack = |packed: &Arc<PackedWeight>| {
+            Weight::Packed(Arc::clone(packed)).to_tensor()?.to_dtype(DType::F32)
+        };
         Ok([unpack(&self.a)?, unpack(&self.b)?])
     }
 
