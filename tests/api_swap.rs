@@ -12,7 +12,15 @@ use std::{
 use common::{Server, TempDir, chat, copy_dir, fixture, server::CHAT};
 use serde_json::{Value, json};
 
-const ADAPTERS: [&str; 4] = ["plain-adapter", "pattern-adapter", "train-initial", "train-final"];
+const ADAPTERS: [&str; 7] = [
+    "plain-adapter",
+    "pattern-adapter",
+    "train-initial",
+    "train-final",
+    "dora-final",
+    "tokens-final",
+    "saved-final",
+];
 
 /// A folder of adapters, named after the fixtures they are copies of.
 fn adapter_dir() -> TempDir {
@@ -75,7 +83,7 @@ fn greedy_answers_are_the_same_alone_in_a_full_batch_and_after_an_unrelated_swap
 fn fifty_swaps_under_sixteen_streams_fail_nobody_and_mix_nothing() {
     let dir = adapter_dir();
     let server = server(&dir);
-    let versions = ["plain-adapter", "pattern-adapter"];
+    let versions = ["plain-adapter", "dora-final"];
     let body = chat("swapped", "tell me about lemons", json!({"max_tokens": 40}));
     // What each version says when nothing else is going on, by its digest.
     let mut cold: HashMap<String, String> = HashMap::new();

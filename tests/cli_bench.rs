@@ -8,7 +8,7 @@ use serde_json::Value;
 fn bench(flags: &[&str]) -> std::process::Output {
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny-llama");
     Command::new(env!("CARGO_BIN_EXE_tunesmith"))
-        .args(["bench", "--output-tokens", "8", "--long-prompt", "48", "--threads", "2"])
+        .args(["bench", "--output-tokens", "8", "--threads", "2"])
         .args(["--prompt-tokens", "16", "--model"])
         .arg(model)
         .args(flags)
@@ -18,7 +18,9 @@ fn bench(flags: &[&str]) -> std::process::Output {
 
 #[test]
 fn a_bench_says_what_adapters_cost_and_where_the_time_goes() {
-    let run = bench(&["--batch", "1,4", "--adapters", "3", "--rank", "4", "--json"]);
+    let adapters = ["--adapters", "3", "--rank", "4"];
+    let run =
+        bench(&[&["--batch", "1,4", "--long-prompt", "48", "--json"], &adapters[..]].concat());
     assert!(run.status.success(), "{run:?}");
     let report: Value = serde_json::from_slice(&run.stdout).unwrap();
     assert_eq!(report["adapters"], 3);

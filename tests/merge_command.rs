@@ -16,9 +16,13 @@ use support::{Scratch, fixture, oracle};
 use tunesmith::adapters::AdapterCard;
 
 fn merge(adapter: &Path, output: &Path) -> Output {
+    merge_into("tiny-qwen2", adapter, output)
+}
+
+fn merge_into(model: &str, adapter: &Path, output: &Path) -> Output {
     Command::new(env!("CARGO_BIN_EXE_tunesmith"))
         .args(["merge", "--model"])
-        .arg(fixture("tiny-qwen2"))
+        .arg(fixture(model))
         .arg("--adapter")
         .arg(adapter)
         .arg("--output")
@@ -65,6 +69,22 @@ fn merging_writes_a_model_folder_that_differs_where_the_adapter_has_a_part() {
         assert_eq!(fs::read(output.join(name)).unwrap(), base, "{name}");
     }
     assert!(!output.join("model.safetensors.index.json").exists());
+}
+
+#[test]
+fn an_adapter_with_a_head_of_its_own_makes_a_model_whose_tables_are_two() {
+    let scratch = Scratch::new();
+    let output = scratch.path().join("merged");
+    let adapter = oracle("tiny-llama-saved-final");
+    let result = merge_into("tiny-llama", &adapter, &output);
+    assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
+    let config = fs::read(output.join("config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+    assert_eq!(config["tie_word_embeddings"], false);
+    let (merged, adapter) = (weights(&output), weights(&adapter));
+    assert_eq!(merged["lm_head.weight"], adapter["base_model.model.lm_head.weight"]);
+    let embedding = "model.embed_tokens.weight";
+    assert_eq!(merged[embedding], weights(&fixture("tiny-llama"))[embedding]);
 }
 
 #[test]

@@ -58,7 +58,7 @@ fn job(dir: &Path, change: impl FnOnce(&mut TrainConfig)) -> TrainJob {
     change(&mut config);
     let pairs = config.objective.wants_pairs();
     let (train, valid) = (rows(16, 20, 4, pairs), rows(4, 30, 5, pairs));
-    TrainJob { config, model_dir, train, valid, sources: Vec::new() }
+    TrainJob { config, model_dir, train, valid, sources: Vec::new(), companions: Vec::new() }
 }
 
 fn run_until(

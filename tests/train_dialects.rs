@@ -247,12 +247,13 @@ fn what_cannot_be_honoured_is_refused_by_name_and_all_at_once() {
     let error = refused(
         "trl.yaml",
         "model_name_or_path: x\ndataset_name: y\noutput_dir: z\nuse_peft: true\nuse_dora: true\n\
+         lora_target_parameters: [w]\n\
          loss_weights: [1, 2]\nlr_scheduler_type: polynomial\nloss_type: ipo\nlora_r: many\n\
          deepspeed: zero3.json\nlearning_rte: 1\nmetric_for_best_model: bleu\n",
     );
     for expected in [
         "trl.yaml: as a configuration of TRL:",
-        "use_dora: DoRA is not available",
+        "lora_target_parameters: adapters are for linear layers only",
         "loss_weights: one number for each of loss_type",
         "lr_scheduler_type: polynomial is not available",
         "metric_for_best_model: bleu is not available",

@@ -85,12 +85,12 @@ fn left_behind(dir: &Path) -> Vec<String> {
 /// Lets change after change of a run fail in this way, every `stride`-th, until the run makes no more
 /// of them. `old`: what is at the output before. Returns how many there are.
 fn fail_everywhere(kind: &str, stride: usize, old: Option<&str>) -> usize {
-    let undisturbed = TempDir::new();
+    let undisturbed = TempDir::in_memory();
     assert!(outcome(&job(&undisturbed.0)).0.is_ok());
     let whole = weights(&undisturbed.join("adapter"));
     let base = ModelConfig::from_dir(&fixture("tiny-llama")).unwrap();
     for at in (0..).step_by(stride) {
-        let dir = TempDir::new();
+        let dir = TempDir::in_memory();
         let mut job = job(&dir.0);
         let output = job.config.output.clone();
         if let Some(old) = old {

@@ -10,7 +10,7 @@ use std::{
     path::Path,
     process::{Command, Output, Stdio},
     thread::sleep,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use common::{TempDir, fixture};
@@ -32,7 +32,8 @@ fn train(dir: &Path, output: &str, more: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tunesmith"));
     command
         .current_dir(dir)
-        .args(["train", "--data", "rows.jsonl", "--valid", "valid.jsonl", "--max-steps", "16"])
+        .args(["train", "--data", "rows.jsonl", "--valid", "valid.jsonl"])
+        .env("TUNESMITH_MAX_STEPS", "16")
         .args(["--batch-size", "4", "--samples", "1", "--checkpoint-every", "3"])
         .arg("--model")
         .arg(fixture("tiny-llama"))

@@ -19,7 +19,7 @@ use super::{
 use crate::model::{
     Decoder, Delta, Dropout, ModelConfig, ModelError, OwnTable, Projected, Projection, Site, Table,
 };
-use crate::ops::{dropout::dropout, lora::LoraPart};
+use crate::ops::{adapted_linear::TrainedLora, dropout::dropout, lora::LoraPart};
 
 /// A LoRA adapter over a base: low-rank modules per site, and tables of its own.
 ///
@@ -256,6 +256,19 @@ impl Delta for LoraAdapter {
     fn part(&self, site: Site) -> Option<&LoraPart> {
         let module = self.modules.get(&site)?;
         if module.variant().is_sum { module.part() } else { None }
+    }
+
+    fn trained(
+        &self,
+        site: Site,
+        dropout: Option<Dropout>,
+    ) -> Result<Option<TrainedLora>, ModelError> {
+        let sum_in_training =
+            |module: &&LoraModule| module.variant().is_sum && module.part().is_none();
+        let Some(module) = self.modules.get(&site).filter(sum_in_training) else { return Ok(None) };
+        let [a, b] = module.matrices()?;
+        let seeded = |dropout: Dropout| (dropout.probability, site_seed(dropout.seed, site));
+        Ok(Some(TrainedLora { a, b, scale: module.scale, dropout: dropout.map(seeded) }))
     }
 
     fn is_frozen(&self) -> bool {

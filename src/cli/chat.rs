@@ -116,8 +116,9 @@ struct Conversation {
 impl Conversation {
     fn open(args: &ChatArgs) -> anyhow::Result<Self> {
         let model = load_model(&args.model, args.quantize.into())?;
-        let registry = AdapterRegistry::new(model.decoder.config().clone())
-            .with_base_fingerprint(model.decoder.fingerprint());
+        let stop_token_ids = model.stop_token_ids();
+        let decoder = Arc::new(model.decoder);
+        let registry = AdapterRegistry::new(decoder.config().clone()).with_base(&decoder);
         let load = |dir: &PathBuf| {
             let (version, _) = registry
                 .load("tuned", dir, false)
@@ -125,11 +126,10 @@ impl Conversation {
             anyhow::Ok(version)
         };
         let adapter = args.adapter.as_ref().map(load).transpose()?;
-        let config =
-            EngineConfig::for_cache(model.decoder.config(), 1, KV_CACHE_BYTES, args.kv_dtype);
+        let config = EngineConfig::for_cache(decoder.config(), 1, KV_CACHE_BYTES, args.kv_dtype);
         let mut conversation = Self {
-            stop_token_ids: model.stop_token_ids(),
-            engine: engine::spawn(Arc::new(model.decoder), config)?,
+            stop_token_ids,
+            engine: engine::spawn(decoder, config)?,
             tokenizer: Arc::clone(AdapterVersion::tokenizer_of(adapter.as_ref(), &model.tokenizer)),
             template: model.template,
             adapter,

@@ -3,7 +3,7 @@
 use std::{fs, io, path::Path};
 
 use crate::data::Example;
-use crate::model::{ModelConfig, Projection};
+use crate::model::{ModelConfig, Projection, Quantization, Recompute};
 use crate::train::{BatchPlan, Method, TrainConfig, num_workers};
 
 const F32: usize = 4;
@@ -35,18 +35,27 @@ impl Memory {
         const COPIES: usize = 5;
         let projections = config.targets.projections().unwrap_or_default();
         let (weights, trained) = match config.method {
-            Method::Lora => (weight_bytes(dir)?, adapter_parameters(model, config, &projections)),
+            Method::Lora => (
+                weight_bytes(dir, model, config.quantize)?,
+                adapter_parameters(model, config, &projections),
+            ),
             Method::Full => (0, num_parameters(model)),
         };
         let workers = num_workers(num_parameters(model));
         // Results of passes that wait to be summed: one per worker.
         let copies = COPIES + if workers > 1 { 2 * workers } else { 0 };
-        let tokens = tokens_at_once(config, examples, workers);
+        let (tokens, passes) = tokens_at_once(config, examples, workers);
         let adapted = if config.method == Method::Lora { &projections[..] } else { &[] };
+        let layer = layer_floats(model, adapted, config);
+        let floats = match Recompute::from(config.recompute) {
+            // A layer's graph twice for the one that is passed: its gradients.
+            Recompute::None => layer * (model.num_layers + 1),
+            Recompute::Block => model.hidden_size * model.num_layers + 2 * layer,
+        };
         Ok(Self {
             weights,
             adapter: (trained * F32 * copies) as u64,
-            activations: (tokens * per_token(model, adapted, config.rank)) as u64,
+            activations: ((tokens * floats + passes * logits(model, tokens / passes)) * F32) as u64,
         })
     }
 
@@ -70,39 +79,55 @@ pub(super) fn bytes(number: u64) -> String {
     if mib < 1024.0 { format!("{mib:.1} MiB") } else { format!("{:.1} GiB", mib / 1024.0) }
 }
 
-/// Bytes that the passes hold of a token, in all layers, with adapters of rank `rank` on `adapted`.
-fn per_token(model: &ModelConfig, adapted: &[Projection], rank: usize) -> usize {
-    let kv = model.num_kv_heads * model.head_dim;
-    let queries = model.num_heads * model.head_dim;
-    // Two norms, q and k before and after their rotation, v, what comes out of attention, of the two
-    // blocks and of the two residual sums; gate, up, their activation and product.
-    let layer = 6 * model.hidden_size + 3 * queries + 3 * kv + 4 * model.intermediate_size;
-    // An adapter's x A with its gradient, its update, and the projection's output without it.
-    let outputs = adapted.iter().map(|projection| model.projection_shape(*projection).1);
-    let adapters: usize = outputs.map(|outputs| 2 * (outputs + rank)).sum();
-    (layer + adapters) * model.num_layers * F32
+/// Memory that can still be had here, where the system says it: what is free in the machine, or in the
+/// control group if that is less.
+pub(super) fn free() -> Option<u64> {
+    const KIB: u64 = 1024;
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
+    let machine = line.split_whitespace().nth(1)?.parse::<u64>().ok()? * KIB;
+    let number = |name: &str| -> Option<u64> {
+        fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?.trim().parse().ok()
+    };
+    let group = number("memory.max").zip(number("memory.current"));
+    Some(group.map_or(machine, |(limit, used)| machine.min(limit.saturating_sub(used))))
 }
 
-/// The most tokens in backward passes that run at once, over the steps of an epoch.
-fn tokens_at_once(config: &TrainConfig, examples: &[Example], workers: usize) -> usize {
+/// Numbers that the graph of a layer holds of a token, with adapters as in `config` on `adapted`.
+fn layer_floats(model: &ModelConfig, adapted: &[Projection], config: &TrainConfig) -> usize {
+    let kv = model.num_kv_heads * model.head_dim;
+    let queries = model.num_heads * model.head_dim;
+    // Input and output, two norms, what comes out of the two blocks, and the sum between them; q and k before
+    // and after their rotation, v, what comes out of attention; gate, up and their product.
+    let base = 7 * model.hidden_size + 3 * queries + 3 * kv + 3 * model.intermediate_size;
+    let outputs = adapted.iter().map(|projection| model.projection_shape(*projection).1);
+    // Plain LoRA is one operation with its projection and keeps x A; others are several, each with an output.
+    let is_plain = config.variant == TrainConfig::default().variant;
+    let apart = if is_plain { 0 } else { 4 * outputs.sum::<usize>() };
+    base + adapted.len() * config.rank + apart
+}
+
+/// Numbers of the logits that a pass over `tokens` holds at a time.
+fn logits(model: &ModelConfig, tokens: usize) -> usize {
+    const CHUNK: usize = 1 << 20;
+    const ROWS: usize = 96;
+    (CHUNK / model.vocab_size.max(1)).max(ROWS).min(tokens) * model.vocab_size
+}
+
+/// The most tokens in backward passes that run at once, over the steps of an epoch, and their number.
+fn tokens_at_once(config: &TrainConfig, examples: &[Example], workers: usize) -> (usize, usize) {
     if examples.is_empty() {
-        return 0;
+        return (0, 1);
     }
-    let plan = BatchPlan {
-        num_examples: examples.len(),
-        batch_size: config.batch_size,
-        micro_batch_tokens: config.micro_batch_tokens,
-        seed: config.seed,
-        shuffle: config.shuffle,
-    };
+    let plan = BatchPlan::new(config, examples);
     let of_step = |step: usize| {
         let batches = plan.micro_batches(examples, step);
         let mut sizes: Vec<usize> = batches.iter().map(|batch| batch.tokens.len()).collect();
         sizes.sort_unstable_by(|one, other| other.cmp(one));
         let at_once = if sizes.len() < workers { 1 } else { workers };
-        sizes.iter().take(at_once).sum::<usize>()
+        (sizes.iter().take(at_once).sum::<usize>(), at_once)
     };
-    (0..plan.steps_per_epoch().min(MAX_STEPS)).map(of_step).max().unwrap_or(0)
+    (0..plan.steps_per_epoch().min(MAX_STEPS)).map(of_step).max().unwrap_or((0, 1))
 }
 
 fn adapter_parameters(
@@ -112,17 +137,40 @@ fn adapter_parameters(
 ) -> usize {
     let shapes = projections.iter().map(|projection| model.projection_shape(*projection));
     let per_layer: usize = shapes.map(|(inputs, outputs)| config.rank * (inputs + outputs)).sum();
-    per_layer * model.num_layers
+    let tables = config.modules_to_save.len() * model.vocab_size + 2 * config.train_tokens.len();
+    per_layer * model.num_layers + tables * model.hidden_size
 }
 
 fn num_parameters(model: &ModelConfig) -> usize {
-    let shapes = Projection::ALL.iter().map(|projection| model.projection_shape(*projection));
-    let layers = shapes.map(|(inputs, outputs)| inputs * outputs).sum::<usize>() * model.num_layers;
-    let heads = if model.tie_word_embeddings { 1 } else { 2 };
-    layers + heads * model.vocab_size * model.hidden_size
+    projection_parameters(model) + table_parameters(model)
 }
 
-fn weight_bytes(dir: &Path) -> io::Result<u64> {
+fn projection_parameters(model: &ModelConfig) -> usize {
+    let shapes = Projection::ALL.iter().map(|projection| model.projection_shape(*projection));
+    shapes.map(|(inputs, outputs)| inputs * outputs).sum::<usize>() * model.num_layers
+}
+
+/// Of embedding and head.
+fn table_parameters(model: &ModelConfig) -> usize {
+    let tables = if model.tie_word_embeddings { 1 } else { 2 };
+    tables * model.vocab_size * model.hidden_size
+}
+
+/// Bytes of the base as it is held: as in its files, or rounded, with a scale for each 32 weights.
+fn weight_bytes(dir: &Path, model: &ModelConfig, quantize: Quantization) -> io::Result<u64> {
+    const SCALE: usize = 2;
+    let int8 = |weights: usize| weights + weights / 32 * SCALE;
+    let int4 = |weights: usize| weights / 2 + weights / 32 * SCALE;
+    match quantize {
+        Quantization::None => file_bytes(dir),
+        Quantization::Int8 => Ok(int8(num_parameters(model)) as u64),
+        Quantization::Int4 => {
+            Ok((int4(projection_parameters(model)) + int8(table_parameters(model))) as u64)
+        }
+    }
+}
+
+fn file_bytes(dir: &Path) -> io::Result<u64> {
     let mut sum = 0;
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();

@@ -26,7 +26,7 @@ use self::{
     data::{DataReader, file_layer, say_overlap},
     examiner::EngineExaminer,
     figures::Figures,
-    forecast::{dry_run, fit_memory},
+    forecast::{dry_run, fit_free_memory, fit_memory, say_packing},
     vocabulary::{Vocabulary, vocabulary},
 };
 use super::{
@@ -41,8 +41,8 @@ use crate::data::{DataError, Encoder, questions};
 use crate::model::ModelConfig;
 use crate::text::ChatTemplate;
 use crate::train::{
-    Outcome, Surroundings, SweepRow, TrainConfig, TrainError, TrainEvent, TrainJob, TrainSummary,
-    run_sweep, run_with,
+    BatchPlan, Outcome, Surroundings, SweepRow, TrainConfig, TrainError, TrainEvent, TrainJob,
+    TrainSummary, run_sweep, run_with,
 };
 
 /// Problems of a data file that are shown before the rest is only counted.
@@ -70,10 +70,12 @@ pub(super) fn run(args: &TrainArgs) -> anyhow::Result<ExitCode> {
     }
     let Prepared { mut job, mut examiner } = prepare(config, &say)?;
     if eval_each_epoch {
-        job.config.eval_every = job.train.len().div_ceil(job.config.batch_size);
+        job.config.eval_every = BatchPlan::new(&job.config, &job.train).steps_per_epoch();
     }
-    if let Some(budget) = args.memory {
-        fit_memory(&mut job, budget, &say)?;
+    say_packing(&job, &say);
+    match args.memory {
+        Some(budget) => fit_memory(&mut job, budget, &say)?,
+        None => fit_free_memory(&mut job, args.memory_limit, &say)?,
     }
     if args.dry_run {
         dry_run(&job, &stop)?;

@@ -20,6 +20,7 @@ use super::{
     EngineConfig, EngineStats, FinishReason, GenerationEvent,
     batch::Batch,
     choose::{Chosen, Outcome, choose},
+    guessing::Guessing,
     pace::Pace,
     request::{Ending, Farewell, Request, Submission},
     scheduler::{Scheduled, Scheduler},
@@ -75,6 +76,8 @@ pub(super) struct Engine<M> {
     submissions: mpsc::Receiver<Submission>,
     counts_prefixes: bool,
     pace: Pace,
+    guessing: Guessing,
+    max_guesses: usize,
     stats: Arc<EngineStats>,
 }
 
@@ -87,7 +90,16 @@ impl<M: StepModel> Engine<M> {
     ) -> Self {
         let pace = Pace::new(config.max_step, model.position_cost());
         let scheduler = Scheduler::new(config);
-        Self { model, scheduler, submissions, counts_prefixes: config.prefix_cache, pace, stats }
+        Self {
+            model,
+            scheduler,
+            submissions,
+            counts_prefixes: config.prefix_cache,
+            pace,
+            guessing: Guessing::new(),
+            max_guesses: config.speculate,
+            stats,
+        }
     }
 
     /// Runs until no handle is left and every request has ended, or until a step panics.
@@ -128,12 +140,14 @@ impl<M: StepModel> Engine<M> {
     }
 
     fn step(&mut self) -> Result<(), ModelError> {
-        let _step = profile::time(Op::Step);
+        let whole = profile::time(Op::Step);
         // 1. Who runs.
         let scheduling = profile::time(Op::Scheduling);
         let running = self.scheduler.running().iter();
         let running = running.map(|s| (s.num_remaining_tokens(), s.num_cached_tokens()));
-        let plan = self.scheduler.schedule(self.pace.max_rows(running));
+        let num_decodes = running.clone().filter(|(remaining, _)| *remaining == 1).count();
+        let max_guess_rows = self.guessing.best_rows(num_decodes, self.max_guesses);
+        let plan = self.scheduler.schedule(self.pace.max_rows(running), max_guess_rows);
         self.publish();
         if plan.is_empty() {
             return Ok(());
@@ -149,6 +163,7 @@ impl<M: StepModel> Engine<M> {
         drop(batch);
         self.stats.steps.fetch_add(1, Relaxed);
         // 3. Each sequence reads its rows.
+        let guesses = self.stats.guesses();
         let sampling = profile::time(Op::Sampling);
         let running = self.scheduler.running_mut();
         let outcomes = match &logits {
@@ -169,8 +184,14 @@ impl<M: StepModel> Engine<M> {
             };
         }
         self.pace.observe(load, now.elapsed());
+        if plan.iter().all(|part| part.num_tokens == 1) {
+            let newest = self.stats.guesses();
+            let guesses = (newest.0 - guesses.0, newest.1 - guesses.1);
+            self.guessing.observe(load.rows, now.elapsed(), guesses);
+        }
         // 4. Those that are done leave.
         let ended = self.scheduler.remove(|sequence| sequence.request.ending.is_some());
+        drop(whole); // Who hears of an end finds its step noted.
         self.end(ended, |request| request.ending.take());
         Ok(())
     }

@@ -20,6 +20,7 @@ mod config;
 mod draft;
 #[allow(clippy::module_inception)] // The loop; the floor is named after it.
 mod engine;
+mod guessing;
 mod handle;
 mod pace;
 pub mod parity;

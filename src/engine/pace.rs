@@ -23,7 +23,7 @@ const NEWEST: f64 = 0.3;
 /// What a step has to do, in rows without context.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct StepLoad {
-    rows: usize,
+    pub(super) rows: usize,
     load: f64,
 }
 
@@ -129,7 +129,7 @@ mod tests {
     fn the_first_chunk_of_a_slow_model_is_a_small_one() {
         let mut pace = Pace::new(Duration::from_millis(250), 0.0);
         pace.observe(rows(1), Duration::from_millis(50));
-        assert_eq!(pace.max_rows(once((1, 10))), 24);
+        assert!((23..=24).contains(&pace.max_rows(once((1, 10)))));
         let mut slow = Pace::new(Duration::from_millis(250), 0.0);
         slow.observe(rows(1), Duration::from_secs(2));
         assert_eq!(slow.max_rows(once((1, 10))), LEAST_ROWS + 1);

@@ -26,8 +26,6 @@ use super::{
 const MAX_SHARED_PREFILLS: usize = 4;
 /// A long prompt leaves room for those behind it only if they get at least so many tokens.
 const MIN_SHARED_CHUNK: usize = 16;
-/// Rows up to which a step takes hardly longer than with one: reading the weights takes that long anyway.
-const CHEAP_ROWS: usize = 16;
 
 /// A running sequence's part of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,8 +74,12 @@ impl<R> Scheduler<R> {
 
     /// Plans the next step: admits, preempts and reserves the blocks that the step writes to. While
     /// somebody decodes, a step with a chunk of a prompt has no more than `max_mixed_rows` rows (or 1
-    /// token of a prompt). Sequences of one adapter are neighbours, the base first. Empty only when there is nothing to do.
-    pub(super) fn schedule(&mut self, max_mixed_rows: usize) -> Vec<Scheduled> {
+    /// token of a prompt); with guesses it has no more than `max_guess_rows`. Sequences of one adapter are neighbours, the base first. Empty only when there is nothing to do.
+    pub(super) fn schedule(
+        &mut self,
+        max_mixed_rows: usize,
+        max_guess_rows: usize,
+    ) -> Vec<Scheduled> {
         self.running.iter_mut().for_each(Sequence::begin_plan);
         // 1. One token for everyone who decodes.
         let num_decodes = self.plan_decodes();
@@ -89,7 +91,7 @@ impl<R> Scheduler<R> {
         self.admit(budget);
         // 3. The budget for prompts, the first in rank first; or else for guesses.
         if self.plan_prefills(budget) == 0 {
-            self.plan_drafts(num_decodes);
+            self.plan_drafts(num_decodes, max_guess_rows);
         }
         let parts = self.running.iter().enumerate();
         let mut plan: Vec<_> = parts
@@ -184,10 +186,10 @@ impl<R> Scheduler<R> {
         !before.iter_mut().any(|before| sequence.can_wait_for(before))
     }
 
-    /// Fills the step up to [`CHEAP_ROWS`] with guesses, fairly among those who decode. Guesses take free
+    /// Fills the step up to `max_rows` with guesses, fairly among those who decode. Guesses take free
     /// blocks only.
-    fn plan_drafts(&mut self, num_decodes: usize) {
-        let limit = CHEAP_ROWS.min(self.max_batch_tokens);
+    fn plan_drafts(&mut self, num_decodes: usize, max_rows: usize) {
+        let limit = max_rows.min(self.max_batch_tokens);
         let mut room = limit.saturating_sub(num_decodes);
         let mut num_left = num_decodes;
         for sequence in &mut self.running {

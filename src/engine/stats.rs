@@ -84,6 +84,11 @@ impl EngineStats {
         self.prefix_hits.load(Relaxed)
     }
 
+    /// Tokens that were guessed, and those of them that were right, so far.
+    pub(super) fn guesses(&self) -> (u64, u64) {
+        (self.draft_tokens(), self.accepted_tokens())
+    }
+
     /// Tokens that were guessed, so far.
     pub fn draft_tokens(&self) -> u64 {
         self.draft_tokens.load(Relaxed)

@@ -1,16 +1,16 @@
 //! x86-64 with AVX2, FMA and F16C: two registers of eight lanes.
 
 use std::arch::x86_64::{
-    __m128i, __m256, __m256i, _MM_HINT_T0, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128,
-    _mm_movehl_ps, _mm_packs_epi16, _mm_prefetch, _mm_shuffle_ps, _mm_srli_si128, _mm_storeu_si128,
-    _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_castps256_ps128, _mm256_castsi256_ps,
-    _mm256_castsi256_si128, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32,
-    _mm256_cvtph_ps, _mm256_cvtps_epi32, _mm256_div_ps, _mm256_extractf128_ps,
-    _mm256_extracti128_si256, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
-    _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps,
-    _mm256_packs_epi32, _mm256_permute4x64_epi64, _mm256_round_ps, _mm256_set1_epi8,
-    _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_slli_epi32, _mm256_srli_epi16,
-    _mm256_storeu_ps, _mm256_sub_ps,
+    __m128i, __m256, __m256i, _MM_HINT_T0, _MM_HINT_T1, _mm_add_ps, _mm_add_ss, _mm_cvtsi32_si128,
+    _mm_cvtss_f32, _mm_loadu_si128, _mm_movehl_ps, _mm_packs_epi16, _mm_prefetch, _mm_shuffle_ps,
+    _mm_srli_si128, _mm_storeu_si128, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256,
+    _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cvtepi8_epi32,
+    _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_cvtps_epi32, _mm256_div_ps,
+    _mm256_extractf128_ps, _mm256_extracti128_si256, _mm256_fmadd_ps, _mm256_loadu_ps,
+    _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_max_ps, _mm256_min_ps,
+    _mm256_mul_ps, _mm256_packs_epi32, _mm256_permute4x64_epi64, _mm256_round_ps, _mm256_set1_epi8,
+    _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_slli_epi32, _mm256_srl_epi32,
+    _mm256_srli_epi16, _mm256_storeu_ps, _mm256_sub_ps,
 };
 
 use half::{bf16, f16};
@@ -171,6 +171,16 @@ impl Simd for Avx2 {
             (half(a.0), half(a.1))
         }
     }
+    #[inline(always)]
+    unsafe fn byte_to_f32<const SHIFT: u32>(a: Self::B) -> V {
+        // SAFETY: lane arithmetic.
+        let half = |a: __m256i| unsafe {
+            let count = _mm_cvtsi32_si128(SHIFT.cast_signed());
+            let byte = _mm256_and_si256(_mm256_srl_epi32(a, count), _mm256_set1_epi32(0xFF));
+            _mm256_cvtepi32_ps(byte)
+        };
+        (half(a.0), half(a.1))
+    }
     /// The instruction adds pairs of products in 16 bits: the lower seven bits and the highest go
     /// through it one after the other, so that no pair is too great for it.
     #[inline(always)]
@@ -201,6 +211,11 @@ impl Simd for Avx2 {
         // SAFETY: a prefetch of any address is allowed.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast::<i8>()) }
     }
+    #[inline(always)]
+    unsafe fn prefetch_far(address: *const u8) {
+        // SAFETY: a prefetch of any address is allowed.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast::<i8>()) }
+    }
     /// The same tree as the default, without a detour through memory.
     #[inline(always)]
     unsafe fn sum(a: V) -> f32 {
@@ -223,4 +238,4 @@ pub(super) unsafe fn sum_of_eight(a: __m256) -> f32 {
     }
 }
 
-kernels_for!(Avx2, "avx2", (4, 6, 2, 1), (4, 1), #[target_feature(enable = "avx2,fma,f16c")]);
+kernels_for!(Avx2, "avx2", (16, 4, 6, 2, 1), (4, 1), #[target_feature(enable = "avx2,fma,f16c")]);

@@ -1,15 +1,16 @@
 //! x86-64 with AVX-512 (F, BW, VNNI): one register of sixteen lanes.
 
 use std::arch::x86_64::{
-    __m128i, __m256i, __m512, __m512i, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch,
+    __m128i, __m256i, __m512, __m512i, _MM_HINT_T0, _MM_HINT_T1, _mm_loadu_si128, _mm_prefetch,
     _mm_storeu_si128, _mm256_add_ps, _mm256_loadu_si256, _mm512_add_ps, _mm512_and_si512,
     _mm512_castpd_ps, _mm512_castps_pd, _mm512_castps512_ps256, _mm512_castsi512_ps,
     _mm512_cvtepi8_epi32, _mm512_cvtepi32_epi8, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32,
     _mm512_cvtph_ps, _mm512_cvtps_epi32, _mm512_div_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps,
     _mm512_loadu_ps, _mm512_loadu_si512, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps,
-    _mm512_roundscale_ps, _mm512_scalef_ps, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_srli_epi16, _mm512_storeu_ps, _mm512_sub_ps,
-    _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpacklo_ps,
+    _mm512_reduce_max_ps, _mm512_roundscale_ps, _mm512_scalef_ps, _mm512_set1_epi8,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_srli_epi16,
+    _mm512_srli_epi32, _mm512_storeu_ps, _mm512_sub_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps,
+    _mm512_unpacklo_pd, _mm512_unpacklo_ps,
 };
 
 use half::{bf16, f16};
@@ -141,6 +142,14 @@ impl Simd for Avx512 {
         unsafe { _mm512_and_si512(_mm512_srli_epi16::<4>(a), _mm512_set1_epi8(15)) }
     }
     #[inline(always)]
+    unsafe fn byte_to_f32<const SHIFT: u32>(a: __m512i) -> __m512 {
+        // SAFETY: lane arithmetic.
+        unsafe {
+            let byte = _mm512_and_si512(_mm512_srli_epi32::<SHIFT>(a), _mm512_set1_epi32(0xFF));
+            _mm512_cvtepi32_ps(byte)
+        }
+    }
+    #[inline(always)]
     unsafe fn dot(sum: __m512i, bytes: __m512i, four: i32) -> __m512i {
         // SAFETY: lane arithmetic.
         unsafe { _mm512_dpbusd_epi32(sum, bytes, _mm512_set1_epi32(four)) }
@@ -158,6 +167,11 @@ impl Simd for Avx512 {
         // SAFETY: a prefetch of any address is allowed.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast::<i8>()) }
     }
+    #[inline(always)]
+    unsafe fn prefetch_far(address: *const u8) {
+        // SAFETY: a prefetch of any address is allowed.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast::<i8>()) }
+    }
     /// By blocks of 2, 4, 8 and 16 columns.
     #[inline(always)]
     unsafe fn transpose(rows: [__m512; 16]) -> [__m512; 16] {
@@ -171,9 +185,11 @@ impl Simd for Avx512 {
                 pairs[2 * i] = _mm512_unpacklo_ps(a, b);
                 pairs[2 * i + 1] = _mm512_unpackhi_ps(a, b);
             }
-            let double = |v| _mm512_castps_pd(v);
+            // No closures here: they would be called, not inlined.
             for i in 0..4 {
-                let [a, b, c, d] = [0, 1, 2, 3].map(|j| double(pairs[4 * i + j]));
+                let (a, b) = (_mm512_castps_pd(pairs[4 * i]), _mm512_castps_pd(pairs[4 * i + 1]));
+                let (c, d) =
+                    (_mm512_castps_pd(pairs[4 * i + 2]), _mm512_castps_pd(pairs[4 * i + 3]));
                 fours[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
                 fours[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
                 fours[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
@@ -181,7 +197,7 @@ impl Simd for Avx512 {
             }
             // Quarter q of fours[4 i + c] holds rows 4 i .. 4 i + 4 of column 4 q + c.
             for c in 0..4 {
-                let [a, b, d, e] = [0, 4, 8, 12].map(|i| fours[i + c]);
+                let (a, b, d, e) = (fours[c], fours[4 + c], fours[8 + c], fours[12 + c]);
                 let even = _mm512_shuffle_f32x4::<0x88>(a, b);
                 let even_last = _mm512_shuffle_f32x4::<0x88>(d, e);
                 let odd = _mm512_shuffle_f32x4::<0xDD>(a, b);
@@ -194,6 +210,11 @@ impl Simd for Avx512 {
         }
         out
     }
+    #[inline(always)]
+    unsafe fn max_lane(a: __m512) -> f32 {
+        // SAFETY: lane arithmetic.
+        unsafe { _mm512_reduce_max_ps(a) }
+    }
     /// The same tree as the default, without a detour through memory.
     #[inline(always)]
     unsafe fn sum(a: __m512) -> f32 {
@@ -205,5 +226,5 @@ impl Simd for Avx512 {
     }
 }
 
-kernels_for!(Avx512, "avx512", (8, 12, 4, 2), (8, 2),
+kernels_for!(Avx512, "avx512", (32, 8, 12, 4, 2), (6, 2),
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]);

@@ -124,6 +124,10 @@ unsafe fn matmul_rows<S: Simd, const NV: usize>(
             matmul_registers::<S, 6, NV>(tile, terms, (row, column), lanes);
             row += 6;
         }
+        while row + 4 <= tile.rows.end {
+            matmul_registers::<S, 4, NV>(tile, terms, (row, column), lanes);
+            row += 4;
+        }
         while row < tile.rows.end {
             matmul_registers::<S, 1, NV>(tile, terms, (row, column), lanes);
             row += 1;

@@ -19,14 +19,18 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod gemm;
+mod heap;
 mod lora;
 mod pages;
 mod panels;
+mod pool;
 mod portable;
 mod product;
 mod quant_product;
+mod quant_rows;
 mod quantize;
 mod roofline;
+mod row_tiles;
 mod rows;
 mod simd;
 mod tanh;
@@ -38,6 +42,7 @@ pub use attention::{
     KvSide, QuerySpan,
 };
 pub use gemm::MatmulJob;
+pub use heap::release_freed_memory;
 pub use lora::{LoraSegment, add_lora};
 pub use panels::{GROUP, PackedWeight, WeightForm};
 pub use roofline::Roofline;

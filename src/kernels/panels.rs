@@ -18,11 +18,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::{
-    pages::Lines,
-    quantize::{quantize_group_4, quantize_group_8},
-    simd::LANES,
-};
+use super::{pages::Lines, quantize::RoundRow, simd::LANES, table::best};
 
 /// Terms that share a scale in the quantised forms.
 pub const GROUP: usize = 32;
@@ -124,7 +120,7 @@ impl PackedWeight {
                     WeightForm::F16 => place_words::<2>(row, lane, to),
                     WeightForm::Bf16 => place_pairs(row, lane, to),
                     WeightForm::Int8 | WeightForm::Int4 => {
-                        quantize_row(form, &widen(source, row), lane, to, scales);
+                        quantize_row(form, widen(source, row), lane, to, scales);
                     }
                 }
             }
@@ -172,6 +168,20 @@ impl PackedWeight {
             Ok(packed) => packed,
             Err(never) => match never {},
         }
+    }
+
+    /// Packs f32 weights in the smallest form that holds each of them exactly.
+    #[must_use]
+    pub fn from_f32_exact(weight: &[f32], in_features: usize) -> Self {
+        let halves = |value: &f32| f16::from_f32(*value).to_f32().to_bits() == value.to_bits();
+        let form = if weight.iter().all(|value| value.to_bits() & 0xFFFF == 0) {
+            WeightForm::Bf16
+        } else if weight.iter().all(halves) {
+            WeightForm::F16
+        } else {
+            WeightForm::F32
+        };
+        Self::from_f32(form, weight, in_features)
     }
 
     /// How the weights are held.
@@ -322,19 +332,24 @@ fn widen(source: WeightForm, row: &[u8]) -> Vec<f32> {
 }
 
 /// Quantises a row group by group into its lane.
-fn quantize_row(form: WeightForm, row: &[f32], lane: usize, panel: &mut [u8], scales: &mut [u8]) {
-    for (group, values) in row.chunks(GROUP).enumerate() {
-        let mut padded = [0.0; GROUP];
-        padded[..values.len()].copy_from_slice(values);
-        let (scale, quants) = match form {
-            WeightForm::Int4 => quantize_group_4(&padded),
-            WeightForm::F32 | WeightForm::F16 | WeightForm::Bf16 | WeightForm::Int8 => {
-                quantize_group_8(&padded)
-            }
-        };
+fn quantize_row(
+    form: WeightForm,
+    mut values: Vec<f32>,
+    lane: usize,
+    panel: &mut [u8],
+    scales: &mut [u8],
+) {
+    values.resize(values.len().next_multiple_of(GROUP), 0.0);
+    let mut quants = vec![0; values.len()];
+    let mut scale_of = vec![bf16::ZERO; values.len() / GROUP];
+    let row = RoundRow { values: &values, quants: &mut quants, scales: &mut scale_of };
+    let round = if form == WeightForm::Int4 { best().round_int4 } else { best().round_int8 };
+    // SAFETY: the table's functions are for this CPU.
+    unsafe { round(row) };
+    for (group, (quants, scale)) in quants.as_chunks().0.iter().zip(scale_of).enumerate() {
         let at = (group * LANES + lane) * 2;
         scales[at..at + 2].copy_from_slice(&scale.to_le_bytes());
-        place_quants(form, group, lane, &quants, panel);
+        place_quants(form, group, lane, quants, panel);
     }
 }
 

@@ -115,6 +115,10 @@ impl Simd for Portable {
         a.map(|four| four.map(|byte| byte >> 4))
     }
     #[inline(always)]
+    unsafe fn byte_to_f32<const SHIFT: u32>(a: [[u8; 4]; LANES]) -> V {
+        a.map(|four| f32::from(four[SHIFT as usize / 8]))
+    }
+    #[inline(always)]
     unsafe fn dot(sum: [i32; LANES], bytes: [[u8; 4]; LANES], four: i32) -> [i32; LANES] {
         let factors = four.to_le_bytes().map(|byte| i32::from(byte.cast_signed()));
         std::array::from_fn(|lane| {
@@ -131,4 +135,4 @@ impl Simd for Portable {
     }
 }
 
-kernels_for!(Portable, "portable", (4, 4, 1, 1), (4, 1), #[allow(clippy::inline_always)]);
+kernels_for!(Portable, "portable", (4, 4, 4, 1, 1), (4, 1), #[allow(clippy::inline_always)]);

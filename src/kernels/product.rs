@@ -5,14 +5,15 @@
 //! same for every number of rows, register tile and thread; threads share out rows and columns only.
 #![allow(clippy::needless_range_loop, reason = "register tiles are indexed in both directions")]
 
-use std::{cell::Cell, ops::Range};
+use std::ops::Range;
 
 use super::{
     Kernels,
     panels::{PackedWeight, WeightForm},
     quant_product,
+    row_tiles::{RowTiles, tile_height, with_row_tiles},
     simd::{LANES, Simd, Weight, load_partial, store_partial},
-    threads::{Shared, for_each_range, for_each_tile},
+    threads::{Shared, for_each_tile},
 };
 
 /// Terms of one chain.
@@ -28,13 +29,13 @@ impl PackedWeight {
     /// Where the lengths do not fit each other.
     pub fn linear(&self, kernels: &Kernels, x: &[f32], bias: Option<&[f32]>, out: &mut [f32]) {
         let [columns, terms] = self.shape();
-        let rows = x.len() / terms.max(1);
-        assert_eq!(x.len(), rows * terms, "x is not whole rows of {terms}");
-        assert_eq!(out.len(), rows * columns, "out is not {rows} x {columns}");
         assert!(bias.is_none_or(|bias| bias.len() == columns), "bias is not {columns} long");
-        if rows == 0 || columns == 0 {
+        if columns == 0 || out.is_empty() {
             return;
         }
+        let rows = out.len() / columns;
+        assert_eq!(out.len(), rows * columns, "out is not whole rows of {columns}");
+        assert_eq!(x.len(), rows * terms, "x is not {rows} x {terms}");
         if terms == 0 {
             for row in out.chunks_exact_mut(columns) {
                 match bias {
@@ -48,7 +49,7 @@ impl PackedWeight {
             return quant_product::linear(self, kernels, x, bias, out);
         }
         let shared = Shared(out.as_mut_ptr());
-        with_row_tiles(kernels, x, terms, |x| {
+        with_row_tiles(kernels, x, (terms, columns), |x| {
             for_each_tile(rows, columns, terms, kernels.row_tile, |rows, panels| {
                 let tile = PanelTile {
                     x,
@@ -68,75 +69,6 @@ impl PackedWeight {
                 unsafe { tile.run(kernels, self.form()) };
             });
         });
-    }
-}
-
-/// The rows of `x` as the product reads them: up to `few_rows` as they are; more in tiles of
-/// `row_tile` rows, `[terms][rows of the tile]`, the last tile as high as it needs to be.
-#[derive(Clone, Copy)]
-pub(super) struct RowTiles {
-    base: *const f32,
-    terms: usize,
-    is_tiled: bool,
-}
-
-// SAFETY: it is only read, and lives no longer than the rows that it was made of.
-unsafe impl Send for RowTiles {}
-// SAFETY: as above.
-unsafe impl Sync for RowTiles {}
-
-/// Heights of register tiles: the least that holds `rows`.
-pub(super) fn tile_height(rows: usize, greatest: usize) -> usize {
-    [1, 2, 4, 8].into_iter().find(|height| *height >= rows).unwrap_or(greatest).min(greatest)
-}
-
-/// Elements of tiled rows that a thread may keep.
-const MAX_KEPT: usize = 4 << 20;
-
-thread_local! {
-    /// Memory for tiled rows, kept for the next product of the thread.
-    static TILED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
-}
-
-/// Calls `body` with the tiles of `x [rows, terms]`.
-pub(super) fn with_row_tiles(
-    kernels: &Kernels,
-    x: &[f32],
-    terms: usize,
-    body: impl FnOnce(RowTiles),
-) {
-    let (rows, tile) = (x.len() / terms, kernels.row_tile);
-    if rows <= kernels.few_rows {
-        return body(RowTiles { base: x.as_ptr(), terms, is_tiled: false });
-    }
-    // Taken, not borrowed: while this thread waits for others, it may run another product.
-    let mut tiled = TILED.take();
-    let full = rows / tile * tile;
-    let length = (full + tile_height(rows - full, tile)) * terms;
-    if tiled.len() < length {
-        tiled.resize(length, 0.0);
-    }
-    let shared = Shared(tiled.as_mut_ptr());
-    for_each_range(rows.div_ceil(tile), 1, tile * terms / 2, |tiles| {
-        for index in tiles {
-            let start = index * tile;
-            let count = (rows - start).min(tile);
-            let height = if count == tile { tile } else { tile_height(count, tile) };
-            // SAFETY: each tile has its own part of `tiled`, which `length` covers.
-            let to = unsafe {
-                std::slice::from_raw_parts_mut(shared.get().add(start * terms), height * terms)
-            };
-            let rows = &x[start * terms..(start + count) * terms];
-            for (term, column) in to.chunks_exact_mut(height).enumerate() {
-                for (i, value) in column.iter_mut().enumerate() {
-                    *value = if i < count { rows[i * terms + term] } else { 0.0 };
-                }
-            }
-        }
-    });
-    body(RowTiles { base: tiled.as_ptr(), terms, is_tiled: true });
-    if tiled.len() <= MAX_KEPT {
-        TILED.set(tiled);
     }
 }
 
@@ -195,16 +127,12 @@ pub(super) unsafe fn panel_tile<
 >(
     tile: &PanelTile,
 ) {
-    let count = tile.rows.len();
     // SAFETY: by contract, here and below.
     unsafe {
         if !tile.x.is_tiled {
-            match count {
-                1 => few_rows::<S, W, 1, WIDE>(tile),
-                2 => few_rows::<S, W, 2, WIDE>(tile),
-                3 | 4 => few_rows::<S, W, 4, NV>(tile),
-                _ if FEW > 4 => few_rows::<S, W, 8, NV>(tile),
-                _ => unreachable!("more rows than are few"),
+            match tile.rows.len() {
+                1 | 2 => few_rows::<S, W, 2, WIDE>(tile),
+                _ => few_rows::<S, W, FEW, NV>(tile),
             }
             return;
         }
@@ -214,61 +142,117 @@ pub(super) unsafe fn panel_tile<
             let mut panel = tile.panels.start;
             while panel < tile.panels.end {
                 let wide = panel + NV <= tile.panels.end;
-                let mut row = tile.rows.start;
-                while row < tile.rows.end {
-                    let left = tile.rows.end - row;
-                    if left >= MANY {
-                        columns::<S, W, MANY, NV, true>(tile, (row, panel), &terms, wide);
-                    } else {
-                        match tile_height(left, MANY) {
-                            1 => columns::<S, W, 1, NV, true>(tile, (row, panel), &terms, wide),
-                            2 => columns::<S, W, 2, NV, true>(tile, (row, panel), &terms, wide),
-                            4 => columns::<S, W, 4, NV, true>(tile, (row, panel), &terms, wide),
-                            8 if MANY > 8 => {
-                                columns::<S, W, 8, NV, true>(tile, (row, panel), &terms, wide);
-                            }
-                            _ => columns::<S, W, MANY, NV, true>(tile, (row, panel), &terms, wide),
-                        }
+                let next = panel + if wide { NV } else { 1 };
+                let next_block = if next < tile.panels.end {
+                    (next, start)
+                } else {
+                    (tile.panels.start, start + SUM_BLOCK)
+                };
+                for row in tile.rows.clone().step_by(MANY) {
+                    let step = Step {
+                        row,
+                        panel,
+                        terms: terms.clone(),
+                        wide,
+                        ahead: tile.ahead::<W>(next_block, (row, MANY)),
+                    };
+                    match tile_height((tile.rows.end - row).min(MANY), MANY) {
+                        1 => columns::<S, W, 1, NV, true>(tile, &step),
+                        2 => columns::<S, W, 2, NV, true>(tile, &step),
+                        4 => columns::<S, W, 4, NV, true>(tile, &step),
+                        8 if MANY > 8 => columns::<S, W, 8, NV, true>(tile, &step),
+                        _ => columns::<S, W, MANY, NV, true>(tile, &step),
                     }
-                    row += MANY;
                 }
-                panel += if wide { NV } else { 1 };
+                panel = next;
             }
         }
     }
 }
 
-/// All rows at once, panel by panel to its end: the weights pass by once.
+/// Rows as they are, in groups: the first group fetches a block of weights, the others find it in the
+/// first-level cache. The weights pass by once.
 #[inline(always)]
-unsafe fn few_rows<S: Simd, W: Weight, const MR: usize, const NV: usize>(tile: &PanelTile) {
+unsafe fn few_rows<S: Simd, W: Weight, const FEW: usize, const NV: usize>(tile: &PanelTile) {
     let mut panel = tile.panels.start;
     while panel < tile.panels.end {
         let wide = panel + NV <= tile.panels.end;
+        let next = panel + if wide { NV } else { 1 };
         for start in (0..tile.terms).step_by(SUM_BLOCK) {
             let terms = start..(start + SUM_BLOCK).min(tile.terms);
-            // SAFETY: by the contract of `panel_tile`.
-            unsafe {
-                columns::<S, W, MR, NV, false>(tile, (tile.rows.start, panel), &terms, wide);
+            let next_block = if terms.end < tile.terms { (panel, terms.end) } else { (next, 0) };
+            for row in tile.rows.clone().step_by(FEW) {
+                let ahead = if tile.rows.len() <= FEW {
+                    Ahead::NEAR
+                } else {
+                    tile.ahead::<W>(next_block, (row, FEW))
+                };
+                let step = Step { row, panel, terms: terms.clone(), wide, ahead };
+                // SAFETY: by the contract of `panel_tile`.
+                unsafe {
+                    match tile.rows.end - row {
+                        1 => columns::<S, W, 1, NV, false>(tile, &step),
+                        2 => columns::<S, W, 2, NV, false>(tile, &step),
+                        3 | 4 => columns::<S, W, 4, NV, false>(tile, &step),
+                        _ => columns::<S, W, FEW, NV, false>(tile, &step),
+                    }
+                }
             }
         }
-        panel += if wide { NV } else { 1 };
+        panel = next;
     }
 }
 
-/// `NV` panels, or one where `wide` is false.
+/// What one set of registers computes.
+struct Step {
+    row: usize,
+    panel: usize,
+    terms: Range<usize>,
+    /// `NV` panels; else one.
+    wide: bool,
+    ahead: Ahead,
+}
+
+/// What is asked for from memory meanwhile.
+#[derive(Clone, Copy)]
+struct Ahead {
+    /// Null: what is read a little later. Else a part of the next block of weights: each of the row
+    /// tiles that use a block asks for its share of the next one.
+    from: *const u8,
+    /// Bytes of that part for each pair of terms.
+    step: usize,
+}
+
+impl Ahead {
+    const NEAR: Self = Self { from: std::ptr::null(), step: 0 };
+}
+
+impl PanelTile {
+    /// The share of the row tile that `row` begins in asking for the block of `panel` and `term`.
+    fn ahead<W>(&self, (panel, term): (usize, usize), (row, height): (usize, usize)) -> Ahead {
+        let shares = self.rows.len().div_ceil(height);
+        let share = (row - self.rows.start) / height;
+        let pair = 2 * LANES * size_of::<W>();
+        let step = pair / shares;
+        let start = term * LANES * size_of::<W>() + share * step * (SUM_BLOCK / 2);
+        // Only asked for: it may lie outside.
+        let at = (panel - self.first_panel) * self.panel_bytes + start;
+        Ahead { from: self.weight.wrapping_add(at), step }
+    }
+}
+
+/// `NV` panels, or one where the step is not wide.
 #[inline(always)]
 unsafe fn columns<S: Simd, W: Weight, const MR: usize, const NV: usize, const TILED: bool>(
     tile: &PanelTile,
-    place: (usize, usize),
-    terms: &Range<usize>,
-    wide: bool,
+    step: &Step,
 ) {
     // SAFETY: by the contract of `panel_tile`.
     unsafe {
-        if wide {
-            registers::<S, W, MR, NV, TILED>(tile, place, terms);
+        if step.wide {
+            registers::<S, W, MR, NV, TILED>(tile, step);
         } else {
-            registers::<S, W, MR, 1, TILED>(tile, place, terms);
+            registers::<S, W, MR, 1, TILED>(tile, step);
         }
     }
 }
@@ -277,8 +261,7 @@ unsafe fn columns<S: Simd, W: Weight, const MR: usize, const NV: usize, const TI
 #[inline(always)]
 unsafe fn registers<S: Simd, W: Weight, const MR: usize, const NV: usize, const TILED: bool>(
     tile: &PanelTile,
-    (row, panel): (usize, usize),
-    terms: &Range<usize>,
+    &Step { row, panel, ref terms, ahead, .. }: &Step,
 ) {
     let count = (tile.rows.end - row).min(MR);
     let x_terms = tile.x.terms;
@@ -304,7 +287,10 @@ unsafe fn registers<S: Simd, W: Weight, const MR: usize, const NV: usize, const 
             let mut w = [[S::splat(0.0); 2]; NV];
             for v in 0..NV {
                 let from = base.add(v * panel_bytes + start + at * LANES * size_of::<W>());
-                if !TILED {
+                if TILED || !ahead.from.is_null() {
+                    let next = ahead.from.wrapping_add(v * panel_bytes + at / 2 * ahead.step);
+                    S::prefetch_far(next);
+                } else {
                     prefetch::<S, NV>(from, start + at * LANES * size_of::<W>(), panel_bytes);
                 }
                 w[v] = W::load_pair::<S>(from.cast::<W>());

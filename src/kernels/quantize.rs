@@ -2,62 +2,126 @@
 //!
 //! A scale is a bf16: it has the range of an f32, so that no matrix is too small for it, and its eight
 //! bits of precision cost nothing, since the integers are chosen for the scale as it is rounded.
+//!
+//! No multiplication is fused with an addition here and sums have one order, so that a file gives the
+//! same integers on every machine.
+
+#![allow(clippy::needless_range_loop, reason = "vectors are indexed")]
 
 use half::bf16;
 
-use super::panels::GROUP;
+use super::{
+    panels::GROUP,
+    simd::{LANES, Simd},
+};
 
 /// Scales tried for four bits around the one that maps the greatest magnitude to -8.
 const CANDIDATES: i32 = 8;
 
+/// A row of weights to round: whole groups.
+pub(super) struct RoundRow<'a> {
+    pub(super) values: &'a [f32],
+    /// As many integers.
+    pub(super) quants: &'a mut [i8],
+    /// One for each group.
+    pub(super) scales: &'a mut [bf16],
+}
+
 /// Eight bits: the greatest magnitude becomes (at most) 127. The error is at most half a scale.
-pub(super) fn quantize_group_8(values: &[f32; GROUP]) -> (bf16, [i8; GROUP]) {
-    let greatest = values.iter().fold(0.0_f32, |max, value| max.max(value.abs()));
-    let scale = round_up(greatest / 127.0);
-    if scale.to_f32() == 0.0 {
-        return (bf16::ZERO, [0; GROUP]);
+///
+/// # Safety
+/// The CPU has the features of `S`.
+#[inline(always)]
+pub(super) unsafe fn round_to_8_bits<S: Simd>(row: RoundRow<'_>) {
+    let groups = row.values.chunks_exact(GROUP).zip(row.quants.chunks_exact_mut(GROUP));
+    for ((values, quants), to) in groups.zip(row.scales) {
+        // SAFETY: 32 elements are there to read and to write.
+        unsafe {
+            let halves = [S::load(values.as_ptr()), S::load(values.as_ptr().add(LANES))];
+            let greatest = S::max_lane(S::max(size::<S>(halves[0]), size::<S>(halves[1])));
+            let scale = round_up(greatest / 127.0);
+            *to = scale;
+            if scale.to_f32() == 0.0 {
+                quants.fill(0);
+                continue;
+            }
+            let divisor = S::splat(scale.to_f32());
+            for half in 0..2 {
+                let rounded = whole::<S>(S::div(halves[half], divisor), -127.0, 127.0);
+                S::store_int8(quants.as_mut_ptr().add(half * LANES), rounded);
+            }
+        }
     }
-    #[allow(clippy::cast_possible_truncation, reason = "clamped")]
-    (scale, values.map(|value| nearest(value / scale.to_f32()).clamp(-127.0, 127.0) as i8))
 }
 
 /// Four bits, -8 to 7: of some scales around the one that maps the value of greatest magnitude to
 /// -8, the one with the least sum of squared errors.
-pub(super) fn quantize_group_4(values: &[f32; GROUP]) -> (bf16, [i8; GROUP]) {
-    let extreme = values
-        .iter()
-        .fold(0.0_f32, |max, value| if value.abs() > max.abs() { *value } else { max });
-    let mut best = (f32::INFINITY, bf16::ZERO, [0.0; GROUP]);
-    if !(extreme / 16.0).is_normal() {
-        return (bf16::ZERO, [0; GROUP]);
-    }
-    for candidate in -CANDIDATES..=CANDIDATES {
-        let inverse = -(8.0 + 0.1 * candidate as f32) / extreme;
-        let quants = values.map(|value| nearest(value * inverse).clamp(-8.0, 7.0));
-        // The scale that suits these integers best, by least squares.
-        let (mut cross, mut square) = (0.0_f32, 0.0_f32);
-        for (value, quant) in values.iter().zip(&quants) {
-            cross += value * quant;
-            square += quant * quant;
+///
+/// # Safety
+/// The CPU has the features of `S`.
+#[inline(always)]
+pub(super) unsafe fn round_to_4_bits<S: Simd>(row: RoundRow<'_>) {
+    let groups = row.values.chunks_exact(GROUP).zip(row.quants.chunks_exact_mut(GROUP));
+    for ((values, quants), to) in groups.zip(row.scales) {
+        *to = bf16::ZERO;
+        quants.fill(0);
+        // SAFETY: 32 elements are there to read and to write.
+        unsafe {
+            let halves = [S::load(values.as_ptr()), S::load(values.as_ptr().add(LANES))];
+            let greatest = S::max_lane(S::max(size::<S>(halves[0]), size::<S>(halves[1])));
+            if !(greatest / 16.0).is_normal() {
+                continue;
+            }
+            let is_positive = S::max_lane(S::max(halves[0], halves[1])) >= greatest;
+            let extreme = if is_positive { greatest } else { -greatest };
+            let mut least = f32::INFINITY;
+            for candidate in -CANDIDATES..=CANDIDATES {
+                let inverse = S::splat(-(8.0 + 0.1 * candidate as f32) / extreme);
+                let rounded = [
+                    whole::<S>(S::mul(halves[0], inverse), -8.0, 7.0),
+                    whole::<S>(S::mul(halves[1], inverse), -8.0, 7.0),
+                ];
+                // The scale that suits these integers best, by least squares.
+                let cross = both::<S>(halves, rounded);
+                let square = both::<S>(rounded, rounded);
+                let scale = bf16::from_f32(cross / square);
+                // The squared error, but for the squares of the values.
+                let error = scale.to_f32() * (scale.to_f32() * square - 2.0 * cross);
+                if error < least {
+                    (least, *to) = (error, scale);
+                    S::store_int8(quants.as_mut_ptr(), rounded[0]);
+                    S::store_int8(quants.as_mut_ptr().add(LANES), rounded[1]);
+                }
+            }
         }
-        let scale = bf16::from_f32(cross / square);
-        let error = values.iter().zip(&quants).fold(0.0_f32, |sum, (value, quant)| {
-            let difference = value - scale.to_f32() * quant;
-            sum + difference * difference
-        });
-        if error < best.0 {
-            best = (error, scale, quants);
-        }
     }
-    #[allow(clippy::cast_possible_truncation, reason = "clamped")]
-    (best.1, best.2.map(|quant| quant as i8))
 }
 
-/// To the nearest integer, for magnitudes below 2^22: without a library call where the instruction
-/// set has no rounding.
-fn nearest(value: f32) -> f32 {
-    const SHIFT: f32 = 12_582_912.0; // 1.5 * 2^23: from here on, floats are whole numbers.
-    (value + SHIFT) - SHIFT
+/// The nearest whole numbers from `least` to `most`.
+///
+/// # Safety
+/// The CPU has the features of `S`.
+#[inline(always)]
+pub(super) unsafe fn whole<S: Simd>(a: S::V, least: f32, most: f32) -> S::V {
+    // SAFETY: lane arithmetic.
+    unsafe { S::max(S::min(S::round(a), S::splat(most)), S::splat(least)) }
+}
+
+/// The magnitudes.
+///
+/// # Safety
+/// The CPU has the features of `S`.
+#[inline(always)]
+pub(super) unsafe fn size<S: Simd>(a: S::V) -> S::V {
+    // SAFETY: lane arithmetic.
+    unsafe { S::max(a, S::sub(S::splat(0.0), a)) }
+}
+
+/// The sum of the products.
+#[inline(always)]
+unsafe fn both<S: Simd>(a: [S::V; 2], b: [S::V; 2]) -> f32 {
+    // SAFETY: lane arithmetic.
+    unsafe { S::sum(S::add(S::mul(a[0], b[0]), S::mul(a[1], b[1]))) }
 }
 
 /// The least bf16 that is not below a positive `value`.

@@ -45,6 +45,8 @@ pub(super) trait Simd: Copy + 'static {
     unsafe fn load_bytes(from: *const u8) -> Self::B;
     unsafe fn low_nibbles(a: Self::B) -> Self::B;
     unsafe fn high_nibbles(a: Self::B) -> Self::B;
+    /// Byte `SHIFT / 8` of each lane, as it is without a sign.
+    unsafe fn byte_to_f32<const SHIFT: u32>(a: Self::B) -> Self::V;
     /// Adds to each lane the product of its four unsigned bytes and the four signed ones of `four`,
     /// exactly, for signed bytes of at least -127.
     unsafe fn dot(sum: Self::I, bytes: Self::B, four: i32) -> Self::I;
@@ -54,6 +56,10 @@ pub(super) trait Simd: Copy + 'static {
     /// Asks for a cache line; any address will do.
     #[inline(always)]
     unsafe fn prefetch(_address: *const u8) {}
+
+    /// As [`Self::prefetch`], to the second-level cache.
+    #[inline(always)]
+    unsafe fn prefetch_far(_address: *const u8) {}
 
     /// Lane `j` of vector `i` becomes lane `i` of vector `j`.
     #[inline(always)]

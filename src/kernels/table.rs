@@ -2,7 +2,10 @@
 
 use std::sync::OnceLock;
 
-use super::{attention, gemm, lora, portable, product, quant_product, rows, tanh, turned};
+use super::{
+    attention, gemm, lora, portable, product, quant_product, quant_rows, quantize, row_tiles, rows,
+    tanh, turned,
+};
 
 /// The functions of one instruction set. They are called only by the safe wrappers of this floor,
 /// which check lengths; [`best`] and [`all`] only hand out tables that this CPU can run.
@@ -15,12 +18,15 @@ pub struct Kernels {
     pub(super) row_tile: usize,
     /// Rows of a tile of integers.
     pub(super) quant_tile: usize,
+    pub(super) tile_rows: unsafe fn(row_tiles::TileRows<'_>),
     pub(super) panels_f32: unsafe fn(&product::PanelTile),
     pub(super) panels_f16: unsafe fn(&product::PanelTile),
     pub(super) panels_bf16: unsafe fn(&product::PanelTile),
     pub(super) panels_int8: unsafe fn(&quant_product::QuantTile),
     pub(super) panels_int4: unsafe fn(&quant_product::QuantTile),
-    pub(super) quantize: unsafe fn(&mut quant_product::QuantizeTile<'_>),
+    pub(super) quantize: unsafe fn(&quant_rows::QuantizeRows<'_>),
+    pub(super) round_int8: unsafe fn(quantize::RoundRow<'_>),
+    pub(super) round_int4: unsafe fn(quantize::RoundRow<'_>),
     pub(super) turn: unsafe fn(turned::TurnTile<'_>),
     pub(super) shrink: unsafe fn(&[lora::ShrinkSum], usize),
     pub(super) expand: unsafe fn(&lora::ExpandTile<'_>),
@@ -41,26 +47,32 @@ pub struct Kernels {
 }
 
 /// Instantiates the generic bodies for one instruction set as `KERNELS`. The numbers are the sizes of
-/// its register tiles: rows that are few, rows of a tile, panels under few rows, panels under a tile;
+/// its register tiles: rows that are few, rows of a group of these, rows of a tile, panels under one or two rows, panels
+/// under more;
 /// rows of a tile of integers and its panels.
 macro_rules! kernels_for {
-    ($simd:ty, $name:literal, ($few:literal, $many:literal, $wide:literal, $nv:literal),
+    ($simd:ty, $name:literal, ($few:literal, $group:literal, $many:literal, $wide:literal, $nv:literal),
      ($quant_many:literal, $quant_nv:literal), #[$attribute:meta]) => {
         type F16 = half::f16;
         type Bf16 = half::bf16;
         kernels_for!(#[$attribute],
+            tile_rows(job: super::row_tiles::TileRows<'_>) -> () = row_tiles::tile_rows::<$simd>;
             panels_f32(tile: &super::product::PanelTile) -> ()
-                = product::panel_tile::<$simd, f32, $few, $many, $wide, $nv>;
+                = product::panel_tile::<$simd, f32, $group, $many, $wide, $nv>;
             panels_f16(tile: &super::product::PanelTile) -> ()
-                = product::panel_tile::<$simd, F16, $few, $many, $wide, $nv>;
+                = product::panel_tile::<$simd, F16, $group, $many, $wide, $nv>;
             panels_bf16(tile: &super::product::PanelTile) -> ()
-                = product::panel_tile::<$simd, Bf16, $few, $many, $wide, $nv>;
+                = product::panel_tile::<$simd, Bf16, $group, $many, $wide, $nv>;
             panels_int8(tile: &super::quant_product::QuantTile) -> ()
                 = quant_product::quant_tile::<$simd, 8, $quant_many, $wide, $quant_nv>;
             panels_int4(tile: &super::quant_product::QuantTile) -> ()
                 = quant_product::quant_tile::<$simd, 4, $quant_many, $wide, $quant_nv>;
-            quantize(tile: &mut super::quant_product::QuantizeTile<'_>) -> ()
-                = quant_product::quantize_tile::<$simd>;
+            quantize(job: &super::quant_rows::QuantizeRows<'_>) -> ()
+                = quant_rows::quantize_rows::<$simd>;
+            round_int8(row: super::quantize::RoundRow<'_>) -> ()
+                = quantize::round_to_8_bits::<$simd>;
+            round_int4(row: super::quantize::RoundRow<'_>) -> ()
+                = quantize::round_to_4_bits::<$simd>;
             turn(tile: super::turned::TurnTile<'_>) -> () = turned::turn_tile::<$simd>;
             shrink(sums: &[super::lora::ShrinkSum], terms: usize) -> ()
                 = lora::shrink_sums::<$simd>;
@@ -95,12 +107,15 @@ macro_rules! kernels_for {
             few_rows: $few,
             row_tile: $many,
             quant_tile: $quant_many,
+            tile_rows,
             panels_f32,
             panels_f16,
             panels_bf16,
             panels_int8,
             panels_int4,
             quantize,
+            round_int8,
+            round_int4,
             turn,
             shrink,
             expand,

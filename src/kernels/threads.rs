@@ -2,14 +2,17 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
+use super::{pool::for_each_task, simd::LANES};
 
-use super::simd::LANES;
+/// Work below this many multiply-adds, a few microseconds of one thread, is not worth sharing.
+pub(super) const MIN_PARALLEL_WORK: usize = 128 * 1024;
+/// Pieces of work for each thread: one that is held up does not hold up the others.
+const PIECES: usize = 8;
 
-/// Work below this many multiply-adds is not worth waking a thread for, which takes about ten
-/// microseconds (measured: a product of 256 x 704 is done in three by one thread, in seven to fourteen
-/// by two).
-pub(super) const MIN_PARALLEL_WORK: usize = 512 * 1024;
+/// Threads that may share work: those of the caller's pool.
+pub(super) fn num_threads() -> usize {
+    rayon::current_num_threads()
+}
 
 /// Calls `body` on consecutive ranges that cover `0..count`, in parallel where `count * work_each`
 /// (in multiply-adds) is worth it. Ranges start at multiples of `grain`.
@@ -19,20 +22,18 @@ pub fn for_each_range(
     work_each: usize,
     body: impl Fn(Range<usize>) + Send + Sync,
 ) {
-    let threads = rayon::current_num_threads();
+    let threads = num_threads();
     if threads == 1 || count.saturating_mul(work_each) < MIN_PARALLEL_WORK || count <= grain {
         return body(0..count);
     }
-    // Four pieces a thread let a busy core fall behind without holding up the others.
-    let piece = count.div_ceil(threads * 4).max(1).next_multiple_of(grain);
-    (0..count.div_ceil(piece))
-        .into_par_iter()
-        .with_max_len(1)
-        .for_each(|index| body(index * piece..((index + 1) * piece).min(count)));
+    let piece = count.div_ceil(threads * PIECES).max(1).next_multiple_of(grain);
+    for_each_task(threads, count.div_ceil(piece), |index| {
+        body(index * piece..((index + 1) * piece).min(count));
+    });
 }
 
 /// Rows that share a pass over the weights; a multiple of every row tile.
-const ROW_BLOCK: usize = 96;
+pub(super) const ROW_BLOCK: usize = 96;
 /// Panels of a task that has many rows.
 const TASK_PANELS: usize = 16;
 
@@ -85,7 +86,7 @@ unsafe impl<T: Send> Sync for Shared<T> {}
 
 impl<T> Shared<T> {
     /// The pointer. A method, so that closures capture the whole wrapper.
-    pub(super) fn get(self) -> *mut T {
+    pub(super) fn get(&self) -> *mut T {
         self.0
     }
 }
@@ -118,16 +119,25 @@ pub fn for_each_rows_of_two<A: Send, B: Send>(
     body: impl Fn(usize, &mut [A], &mut [B]) + Send + Sync,
 ) {
     let rows = data_rows(first.len(), first_width);
-    let threads = rayon::current_num_threads();
-    if threads == 1 || rows.saturating_mul(work_each) < MIN_PARALLEL_WORK || rows < 2 {
-        return body(0, first, second);
-    }
-    let piece = rows.div_ceil(threads * 4).max(1);
-    first
-        .par_chunks_mut(piece * first_width)
-        .zip(second.par_chunks_mut(piece * second_width))
-        .enumerate()
-        .for_each(|(index, (first, second))| body(index * piece, first, second));
+    assert!(second.len() >= rows * second_width, "the second output has fewer rows");
+    let shared = (Shared(first.as_mut_ptr()), Shared(second.as_mut_ptr()));
+    for_each_range(rows, 1, work_each, |rows| {
+        // SAFETY: both outputs have these rows, and no other task has them.
+        let (first, second) = unsafe {
+            let start = (rows.start * first_width, rows.start * second_width);
+            (
+                std::slice::from_raw_parts_mut(
+                    shared.0.get().add(start.0),
+                    rows.len() * first_width,
+                ),
+                std::slice::from_raw_parts_mut(
+                    shared.1.get().add(start.1),
+                    rows.len() * second_width,
+                ),
+            )
+        };
+        body(rows.start, first, second);
+    });
 }
 
 fn data_rows(length: usize, width: usize) -> usize {

@@ -5,21 +5,29 @@
 //! matrix that changes with every step, and is therefore never packed, is multiplied at all. The sums
 //! have the order of `product.rs`, so a matrix gives the same bits packed and not packed.
 
-use std::ops::Range;
+#![allow(clippy::needless_range_loop, reason = "vectors are indexed")]
+
+use std::{cell::Cell, ops::Range};
 
 use half::{bf16, f16};
-use rayon::prelude::*;
 
 use super::{
     Kernels,
-    panels::{PackedWeight, WeightForm},
-    product::{PanelTile, SUM_BLOCK, with_row_tiles},
+    panels::{GROUP, PackedWeight, WeightForm},
+    pool::for_each_task,
+    product::{PanelTile, SUM_BLOCK},
+    row_tiles::with_row_tiles,
     simd::{LANES, Simd, Weight, load_partial},
-    threads::{MIN_PARALLEL_WORK, Shared},
+    threads::{MIN_PARALLEL_WORK, ROW_BLOCK, Shared, num_threads},
 };
 
 /// Panels that one task makes and uses.
 const TASK_PANELS: usize = 4;
+
+thread_local! {
+    /// Panels that a thread makes, kept for its next task.
+    static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
 
 /// Where panels come from: sixteen columns of the product, over some terms of its sums.
 #[derive(Clone, Copy)]
@@ -92,17 +100,29 @@ fn product(
     source: Source<'_>,
     out: &mut [f32],
 ) {
-    let rows = x.len() / terms.max(1);
-    assert_eq!(x.len(), rows * terms, "x is not whole rows of {terms}");
-    assert_eq!(out.len(), rows * columns, "out is not {rows} x {columns}");
-    if rows == 0 || columns == 0 {
+    if columns == 0 || out.is_empty() {
         return;
+    }
+    let rows = out.len() / columns;
+    assert_eq!(out.len(), rows * columns, "out is not whole rows of {columns}");
+    assert_eq!(x.len(), rows * terms, "x is not {rows} x {terms}");
+    if terms == 0 {
+        return out.fill(0.0);
     }
     let shared = Shared(out.as_mut_ptr());
     let panels = columns.div_ceil(LANES);
-    with_row_tiles(kernels, x, terms, |x| {
-        let task = |scratch: &mut Vec<f32>, task: usize| {
-            let panels = task * TASK_PANELS..((task + 1) * TASK_PANELS).min(panels);
+    let panel_tasks = panels.div_ceil(TASK_PANELS);
+    let threads = num_threads();
+    // Where there are few panels, threads share out the rows too, and each turns the panels.
+    let row_tasks = (4 * threads).div_ceil(panel_tasks).min(rows.div_ceil(ROW_BLOCK));
+    let task_rows = rows.div_ceil(row_tasks).next_multiple_of(ROW_BLOCK);
+    with_row_tiles(kernels, x, (terms, columns), |x| {
+        let task = |task: usize| {
+            let mut scratch = SCRATCH.take();
+            let first = task % panel_tasks * TASK_PANELS;
+            let panels = first..(first + TASK_PANELS).min(panels);
+            let first_row = (task / panel_tasks * task_rows).min(rows);
+            let rows = first_row..(first_row + task_rows).min(rows);
             scratch.resize(TASK_PANELS * SUM_BLOCK * LANES, 0.0);
             for start in (0..terms).step_by(SUM_BLOCK) {
                 let block = start..(start + SUM_BLOCK).min(terms);
@@ -122,22 +142,19 @@ fn product(
                     bias: std::ptr::null(),
                     out: shared.get(),
                     columns,
-                    rows: 0..rows,
+                    rows: rows.clone(),
                     panels: panels.clone(),
                     first_panel: panels.start,
                     accumulate: start > 0,
                 };
-                // SAFETY: the lengths were checked above; tasks write disjoint columns.
+                // SAFETY: the lengths were checked above; tasks write disjoint rectangles.
                 unsafe { tile.run(kernels, WeightForm::F32) };
             }
+            SCRATCH.set(scratch);
         };
-        let tasks = panels.div_ceil(TASK_PANELS);
-        if rayon::current_num_threads() == 1 || rows * terms * columns < MIN_PARALLEL_WORK {
-            let mut scratch = Vec::new();
-            (0..tasks).for_each(|index| task(&mut scratch, index));
-        } else {
-            (0..tasks).into_par_iter().with_max_len(1).for_each_init(Vec::new, task);
-        }
+        let tasks = panel_tasks * row_tasks;
+        let is_small = rows * terms * columns < MIN_PARALLEL_WORK;
+        for_each_task(if is_small { 1 } else { threads }, tasks, task);
     });
 }
 
@@ -182,20 +199,20 @@ unsafe fn plain_rows<S: Simd>(
     (row, rows): (usize, usize),
     (column, count): (usize, usize),
 ) -> [S::V; LANES] {
-    std::array::from_fn(|i| {
+    // SAFETY: lane arithmetic.
+    let mut vectors = [unsafe { S::splat(0.0) }; LANES];
+    for i in 0..rows.min(LANES) {
+        let from = &data[(row + i) * stride + column..][..count];
         // SAFETY: the slice has `count` elements.
-        unsafe {
-            if i >= rows {
-                return S::splat(0.0);
-            }
-            let from = &data[(row + i) * stride + column..][..count];
+        vectors[i] = unsafe {
             if count == LANES {
                 S::load(from.as_ptr())
             } else {
                 load_partial::<S>(from.as_ptr(), count)
             }
-        }
-    })
+        };
+    }
+    vectors
 }
 
 /// Vector `j`: term `term + j` of the sixteen columns of the panel that row `row` begins. Zero where
@@ -215,14 +232,52 @@ unsafe fn packed_rows<S: Simd>(
             WeightForm::F32 => pairs::<S, f32>(panel, term, count),
             WeightForm::F16 => pairs::<S, f16>(panel, term, count),
             WeightForm::Bf16 => pairs::<S, bf16>(panel, term, count),
-            WeightForm::Int8 | WeightForm::Int4 => std::array::from_fn(|j| {
-                let values: [f32; LANES] = std::array::from_fn(|lane| {
-                    let exists = j < count && row + lane < weight.shape()[0];
-                    if exists { weight.value(row + lane, term + j) } else { 0.0 }
-                });
-                S::load(values.as_ptr())
-            }),
+            WeightForm::Int8 => {
+                let panel = panel.as_ptr().add(term * LANES);
+                let lines = [
+                    S::load_bytes(panel),
+                    S::load_bytes(panel.add(64)),
+                    S::load_bytes(panel.add(128)),
+                    S::load_bytes(panel.add(192)),
+                ];
+                scaled::<S>(weight, row, term, lines, 128.0)
+            }
+            WeightForm::Int4 => {
+                let panel = panel.as_ptr().add(term * LANES / 2);
+                let [a, b] = [S::load_bytes(panel), S::load_bytes(panel.add(64))];
+                let lines =
+                    [S::low_nibbles(a), S::high_nibbles(a), S::low_nibbles(b), S::high_nibbles(b)];
+                scaled::<S>(weight, row, term, lines, 8.0)
+            }
         }
+    }
+}
+
+/// Sixteen terms of integers, four in each line, times their group's scale.
+///
+/// # Safety
+/// The panel that `row` begins and the group of `term` exist; the CPU has the features of `S`.
+#[inline(always)]
+unsafe fn scaled<S: Simd>(
+    weight: &PackedWeight,
+    row: usize,
+    term: usize,
+    lines: [S::B; 4],
+    offset: f32,
+) -> [S::V; LANES] {
+    let at = (row / LANES * weight.groups() + term / GROUP) * LANES;
+    // SAFETY: by contract; there are sixteen scales for each panel and group.
+    unsafe {
+        let scale = S::load_bf16(weight.scales.as_ptr().cast::<bf16>().add(at));
+        let offset = S::splat(offset);
+        let mut vectors = [scale; LANES];
+        for (four, line) in vectors.chunks_exact_mut(4).zip(lines) {
+            four[0] = S::mul(scale, S::sub(S::byte_to_f32::<0>(line), offset));
+            four[1] = S::mul(scale, S::sub(S::byte_to_f32::<8>(line), offset));
+            four[2] = S::mul(scale, S::sub(S::byte_to_f32::<16>(line), offset));
+            four[3] = S::mul(scale, S::sub(S::byte_to_f32::<24>(line), offset));
+        }
+        vectors
     }
 }
 

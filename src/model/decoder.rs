@@ -75,7 +75,7 @@ impl FromStr for Quantization {
 pub struct Decoder {
     config: ModelConfig,
     embedding: Weight,
-    layers: Vec<Layer>,
+    pub(super) layers: Vec<Layer>,
     norm: Norm,
     /// `None`: tied to the embedding.
     head: Option<Weight>,
@@ -181,9 +181,8 @@ impl Decoder {
                 }
                 (Parameter::Matrix(weight), Some(originals)) => {
                     let stored = originals.find(&name, &<[usize; 2]>::from(weight.dims2()?))?;
-                    let tensor = stored.tensor()?;
-                    hash.update(&begin(&name, tensor.dtype(), tensor.dims()));
-                    hash.update(&View::data(&tensor));
+                    hash.update(&begin(&name, stored.dtype, &<[usize; 2]>::from(weight.dims2()?)));
+                    stored.for_each_bytes(|bytes| hash.update(bytes))?;
                 }
             }
         }
@@ -325,23 +324,38 @@ impl Decoder {
     /// # Errors
     /// As [`Self::forward`].
     pub fn hidden(&self, step: &Step<'_>) -> Result<Tensor, ModelError> {
-        let angles = Angles::new(&step.positions()?, &self.inverse_frequencies);
-        let layout = step.layout()?;
+        let (angles, layout) = (self.angles(step)?, step.layout()?);
         let context = LayerContext {
             angles: &angles,
             layout: &layout,
             deltas: step.deltas,
             dropout: step.dropout,
         };
-        let x = tables::embed(&self.embedding, step.tokens, step.deltas)?;
-        let mut x = with_noise(x, step)?;
-        if self.config.embedding_scale != 1.0 {
-            x = (x * self.config.embedding_scale)?;
-        }
+        let mut x = self.embed(step)?;
         for layer in &self.layers {
             x = layer.forward(&x, &context)?;
         }
-        self.norm.forward(&x)
+        self.final_norm(&x)
+    }
+
+    /// Cosines and sines of the step's positions.
+    pub(super) fn angles(&self, step: &Step<'_>) -> Result<Angles, ModelError> {
+        Ok(Angles::new(&step.positions()?, &self.inverse_frequencies))
+    }
+
+    /// What the first layer takes, `[tokens, hidden]`, f32.
+    pub(super) fn embed(&self, step: &Step<'_>) -> Result<Tensor, ModelError> {
+        let x = tables::embed(&self.embedding, step.tokens, step.deltas)?;
+        let x = with_noise(x, step)?;
+        if self.config.embedding_scale == 1.0 {
+            return Ok(x);
+        }
+        Ok((x * self.config.embedding_scale)?)
+    }
+
+    /// The norm behind the last layer.
+    pub(super) fn final_norm(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        self.norm.forward(x)
     }
 
     /// Losses of some rows of [`Self::hidden`] against `targets`; whole logits are never held.

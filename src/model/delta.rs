@@ -5,7 +5,7 @@ use std::{ops::Range, sync::Arc};
 use candle_core::Tensor;
 
 use super::ModelError;
-use crate::ops::{lora::LoraPart, weight::Weight};
+use crate::ops::{adapted_linear::TrainedLora, lora::LoraPart, weight::Weight};
 
 /// The linear layers that an adapter may change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -134,6 +134,19 @@ pub trait Delta: Send + Sync {
     /// What the adapter adds at `site`, so that the rows of many adapters are done at once; `None` where
     /// it has no part there, or one that is more than a sum and takes [`Self::apply`]. Asked only if [`Self::is_frozen`].
     fn part(&self, site: Site) -> Option<&LoraPart>;
+
+    /// The matrices that are trained at `site`, where they are plain LoRA, so that projection and adapter
+    /// become one operation. `None`: [`Self::apply`] does it.
+    ///
+    /// # Errors
+    /// A failed tensor operation.
+    fn trained(
+        &self,
+        _site: Site,
+        _dropout: Option<Dropout>,
+    ) -> Result<Option<TrainedLora>, ModelError> {
+        Ok(None)
+    }
 
     /// Whether nobody trains the adapter.
     fn is_frozen(&self) -> bool;

@@ -11,6 +11,7 @@ use super::{
 };
 use crate::kernels::{AttentionShape, KvSide};
 use crate::ops::{
+    adapted_linear::adapted_linear,
     add::add,
     attention::{attention, paged_attention, write_cache},
     gated_mlp::{Activation, gated_mul},
@@ -123,10 +124,17 @@ impl Layer {
         context: &LayerContext<'_>,
     ) -> Result<Tensor, ModelError> {
         let Linear { weight, bias } = &self.projections[projection as usize];
+        let site = Site { layer: self.index, projection };
         let timer = profile::time(op_of(projection)).work(|| work(x, weight));
+        // Training one adapter over a frozen weight, as one operation.
+        if let (Weight::Packed(packed), [DeltaRows { rows, delta }]) = (weight, context.deltas)
+            && *rows == (0..x.dim(0)?)
+            && let Some(lora) = delta.trained(site, context.dropout)?
+        {
+            return Ok(adapted_linear(x, packed, bias.as_ref(), &lora)?);
+        }
         let mut out = linear(x, weight, bias.as_ref())?;
         drop(timer);
-        let site = Site { layer: self.index, projection };
         let frozen = !out.track_op() && context.deltas.iter().all(|rows| rows.delta.is_frozen());
         // 1. Nothing is tracked: the sums of all adapters' rows at once, in place.
         if frozen {

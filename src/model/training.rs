@@ -21,6 +21,11 @@ impl Decoder {
         rows: &[u32],
         targets: &[u32],
     ) -> Result<Tensor, ModelError> {
+        if let Some(cap) = self.config().logit_soft_cap {
+            let message =
+                format!("smoothed labels need plain logits; this model caps them at {cap}");
+            return Err(ModelError::Step(message));
+        }
         let head = self.head();
         let above = embedding(head, targets)?.broadcast_sub(&mean_row(head)?)?; // [rows, hidden]
         Ok((select(hidden, rows)? * above)?.sum(1)?)

@@ -1,7 +1,7 @@
 //! Cross-entropy fused with the output head: the logits of a few hundred rows exist at a time, never
 //! all of them.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 
@@ -55,7 +55,10 @@ pub fn capped_cross_entropy(
     let hidden = hidden.contiguous()?;
     match weight {
         Weight::Plain(weight) => hidden.apply_op2(weight, TrainableHead { job }),
-        Weight::Packed(weight) => hidden.apply_op1(FrozenHead { job, weight: Arc::clone(weight) }),
+        Weight::Packed(weight) => {
+            let slopes = hidden.track_op().then(OnceLock::new);
+            hidden.apply_op1(FrozenHead { job, weight: Arc::clone(weight), slopes })
+        }
     }
 }
 
@@ -64,6 +67,16 @@ pub fn capped_cross_entropy(
 enum Head<'a> {
     Packed(&'a PackedWeight),
     Rows(&'a [f32]),
+}
+
+impl Head<'_> {
+    /// `out = dlogits W`.
+    fn input_gradient(self, logits: &[f32], size: usize, out: &mut [f32]) {
+        match self {
+            Head::Packed(weight) => weight.input_gradient(best(), logits, out),
+            Head::Rows(weight) => kernels::input_gradient(best(), logits, weight, size, out),
+        }
+    }
 }
 
 struct Job {
@@ -101,16 +114,18 @@ impl Job {
     }
 
     /// The derivatives of a row's capped logits by the uncapped ones; empty without a cap.
-    fn slopes(&self, row: &[f32]) -> Vec<f32> {
+    fn cap_slopes(&self, row: &[f32]) -> Vec<f32> {
         let slopes = self.soft_cap.map(|cap| row.iter().map(|logit| slope(*logit, cap)).collect());
         slopes.unwrap_or_default()
     }
 
+    /// The losses. Where `slopes` is not empty it receives `d nll / d hidden`, `[rows, size]`.
     #[allow(clippy::float_cmp)]
-    fn forward(&self, hidden: &[f32], head: Head<'_>) -> CpuStorage {
+    fn forward(&self, hidden: &[f32], head: Head<'_>, slopes: &mut [f32]) -> CpuStorage {
         let count = self.targets.len();
         let mut pairs = vec![[0.0_f32; 2]; count];
         self.for_each_chunk(hidden, head, |first, x, logits| {
+            let rows = first * self.size..first * self.size + x.len();
             let pairs = &mut pairs[first..first + x.len() / self.size];
             for_each_rows(pairs, 1, self.vocab * 8, |start, pairs| {
                 for (index, pair) in pairs.iter_mut().enumerate() {
@@ -121,56 +136,54 @@ impl Job {
                     *pair = [max - row[target] + sum.ln(), f32::from(u8::from(is_first))];
                 }
             });
+            if let Some(slopes) = slopes.get_mut(rows) {
+                self.logit_slopes(logits, first, |_| 1.0);
+                head.input_gradient(logits, self.size, slopes);
+            }
         });
         let column = |index: usize| pairs.iter().map(move |pair| pair[index]);
         CpuStorage::F32(column(0).chain(column(1)).collect())
     }
 
-    /// `dlogits = (softmax - onehot) * dnll`, times the slope of a soft cap, from it `dhidden = dlogits W`, and `dW = dlogits^T hidden`
-    /// of a trained head.
-    fn backward(
-        &self,
-        hidden: &[f32],
-        head: Head<'_>,
-        grad: &[f32],
-    ) -> Result<(Tensor, Option<Tensor>)> {
-        let (count, size, vocab) = (self.targets.len(), self.size, self.vocab);
-        let mut grad_hidden = vec![0.0; count * size];
-        let mut grad_weight = match head {
-            Head::Packed(_) => None,
-            Head::Rows(_) => Some(vec![0.0; vocab * size]),
-        };
-        self.for_each_chunk(hidden, head, |first, x, logits| {
-            for_each_rows(logits, vocab, vocab * 8, |start, logits| {
-                for (index, row) in logits.chunks_exact_mut(vocab).enumerate() {
-                    let at = first + start + index;
-                    let slopes = self.slopes(row);
-                    let (max, sum) = best().softmax_stats(row);
-                    best().softmax_scaled(row, max, grad[at] / sum);
-                    row[self.targets[at] as usize] -= grad[at];
-                    row.iter_mut().zip(slopes).for_each(|(grad, slope)| *grad *= slope);
-                }
-            });
-            let rows = x.len() / size;
-            let out = &mut grad_hidden[first * size..(first + rows) * size];
-            match head {
-                Head::Packed(weight) => weight.input_gradient(best(), logits, out),
-                Head::Rows(weight) => kernels::input_gradient(best(), logits, weight, size, out),
-            }
-            if let Some(out) = &mut grad_weight {
-                let (shape, a_strides) = ((vocab, rows, size), (1, vocab));
-                MatmulJob { a: logits, a_strides, b: x, shape, alpha: 1.0, accumulate: true }
-                    .run(best(), out);
+    /// Logits of the rows from `first` on become `(softmax - onehot) * factor`, times the slope of a soft
+    /// cap; the factor by row.
+    fn logit_slopes(&self, logits: &mut [f32], first: usize, factor: impl Fn(usize) -> f32 + Sync) {
+        for_each_rows(logits, self.vocab, self.vocab * 8, |start, logits| {
+            for (index, row) in logits.chunks_exact_mut(self.vocab).enumerate() {
+                let at = first + start + index;
+                let cap_slopes = self.cap_slopes(row);
+                let (max, sum) = best().softmax_stats(row);
+                best().softmax_scaled(row, max, factor(at) / sum);
+                row[self.targets[at] as usize] -= factor(at);
+                row.iter_mut().zip(cap_slopes).for_each(|(grad, slope)| *grad *= slope);
             }
         });
-        let grad_weight = grad_weight.map(|grad| tensor(grad, (vocab, size))).transpose()?;
-        Ok((tensor(grad_hidden, (count, size))?, grad_weight))
+    }
+
+    /// `dlogits = (softmax - onehot) * dnll`, from it `dhidden = dlogits W` and `dW = dlogits^T hidden`.
+    fn backward(&self, hidden: &[f32], weight: &[f32], grad: &[f32]) -> Result<(Tensor, Tensor)> {
+        let (count, size, vocab) = (self.targets.len(), self.size, self.vocab);
+        let (mut grad_hidden, mut grad_weight) = (vec![0.0; count * size], vec![0.0; vocab * size]);
+        self.for_each_chunk(hidden, Head::Rows(weight), |first, x, logits| {
+            self.logit_slopes(logits, first, |row| grad[row]);
+            let rows = x.len() / size;
+            let out = &mut grad_hidden[first * size..(first + rows) * size];
+            Head::Rows(weight).input_gradient(logits, size, out);
+            let (shape, a_strides) = ((vocab, rows, size), (1, vocab));
+            MatmulJob { a: logits, a_strides, b: x, shape, alpha: 1.0, accumulate: true }
+                .run(best(), &mut grad_weight);
+        });
+        Ok((tensor(grad_hidden, (count, size))?, tensor(grad_weight, (vocab, size))?))
     }
 }
 
+/// A head that is not trained passes by once: what backward needs follows from the logits that the
+/// losses are made of, and is kept in place of them, `[rows, size]`.
 struct FrozenHead {
     job: Job,
     weight: Arc<PackedWeight>,
+    /// `d nll / d hidden`; `None` where nobody wants gradients.
+    slopes: Option<OnceLock<Vec<f32>>>,
 }
 
 impl CustomOp1 for FrozenHead {
@@ -180,16 +193,24 @@ impl CustomOp1 for FrozenHead {
 
     fn cpu_fwd(&self, hidden: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let hidden = f32_slice(hidden, layout, NAME)?;
-        let losses = self.job.forward(hidden, Head::Packed(&self.weight));
+        let mut slopes = vec![0.0; if self.slopes.is_some() { hidden.len() } else { 0 }];
+        let losses = self.job.forward(hidden, Head::Packed(&self.weight), &mut slopes);
+        if let Some(kept) = &self.slopes {
+            kept.get_or_init(|| slopes);
+        }
         Ok((losses, (2, self.job.targets.len()).into()))
     }
 
     fn bwd(&self, hidden: &Tensor, _out: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let head = Head::Packed(&self.weight);
-        let (grad, _) = with_f32(hidden, NAME, |hidden| {
-            with_f32(grad, NAME, |grad| self.job.backward(hidden, head, grad))
+        let slopes = self.slopes.as_ref().and_then(OnceLock::get);
+        let slopes = slopes.ok_or_else(|| mismatch(NAME, "no slopes were kept"))?;
+        let mut grad_hidden = slopes.clone();
+        with_f32(grad, NAME, |grad| {
+            let rows = grad_hidden.chunks_exact_mut(self.job.size);
+            rows.zip(grad).for_each(|(row, grad)| row.iter_mut().for_each(|x| *x *= grad));
+            Ok(())
         })?;
-        Ok(Some(grad))
+        Ok(Some(tensor(grad_hidden, hidden.shape().clone())?))
     }
 }
 
@@ -210,7 +231,7 @@ impl CustomOp2 for TrainableHead {
         weight_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let head = Head::Rows(f32_slice(weight, weight_layout, NAME)?);
-        let losses = self.job.forward(f32_slice(hidden, layout, NAME)?, head);
+        let losses = self.job.forward(f32_slice(hidden, layout, NAME)?, head, &mut []);
         Ok((losses, (2, self.job.targets.len()).into()))
     }
 
@@ -223,9 +244,9 @@ impl CustomOp2 for TrainableHead {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (hidden, weight) = with_f32(hidden, NAME, |hidden| {
             with_f32(grad, NAME, |grad| {
-                with_f32(weight, NAME, |weight| self.job.backward(hidden, Head::Rows(weight), grad))
+                with_f32(weight, NAME, |weight| self.job.backward(hidden, weight, grad))
             })
         })?;
-        Ok((Some(hidden), weight))
+        Ok((Some(hidden), Some(weight)))
     }
 }

@@ -3,8 +3,11 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
 use super::storage::f32_slice;
+use crate::kernels::for_each_rows;
 
 const NAME: &str = "dropout";
+/// Multiply-adds that an element's random number is worth.
+const WORK: usize = 4;
 
 /// Sets each element to zero with `probability` and scales the others by `1 / (1 - probability)`.
 ///
@@ -29,12 +32,8 @@ impl CustomOp1 for Dropout {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let keep = 1.0 / (1.0 - self.probability);
-        let mut state = self.seed;
-        let out = f32_slice(storage, layout, NAME)?
-            .iter()
-            .map(|value| if uniform(&mut state) < self.probability { 0.0 } else { value * keep })
-            .collect();
+        let mut out = f32_slice(storage, layout, NAME)?.to_vec();
+        mask(&mut out, self.probability, self.seed);
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 
@@ -43,11 +42,21 @@ impl CustomOp1 for Dropout {
     }
 }
 
-/// The next number in `[0, 1)` of SplitMix64 (Steele et al. 2014).
+/// Drops elements of `x` in place: the mask that [`dropout`] applies.
+pub(super) fn mask(x: &mut [f32], probability: f32, seed: u64) {
+    let keep = 1.0 / (1.0 - probability);
+    for_each_rows(x, 1, WORK, |start, x| {
+        for (index, value) in x.iter_mut().enumerate() {
+            let dropped = uniform(seed, (start + index) as u64) < probability;
+            *value = if dropped { 0.0 } else { *value * keep };
+        }
+    });
+}
+
+/// Number `index` in `[0, 1)` of the sequence that SplitMix64 (Steele et al. 2014) makes from `seed`.
 #[allow(clippy::cast_precision_loss)]
-pub(super) fn uniform(state: &mut u64) -> f32 {
-    *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    let mut z = *state;
+pub(super) fn uniform(seed: u64, index: u64) -> f32 {
+    let mut z = seed.wrapping_add((index + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^= z >> 31;

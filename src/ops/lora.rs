@@ -3,14 +3,14 @@
 
 use std::{ops::Range, sync::Arc};
 
-use candle_core::{CpuStorage, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp3, DType, InplaceOp2, Layout, Result, Shape, Tensor};
 
 use super::{
     profile::{Op, time},
     storage::{f32_slice, mismatch, tensor, with_f32},
     weight::Weight,
 };
-use crate::kernels::{LoraSegment, MatmulJob, PackedWeight, WeightForm, add_lora, best, linear};
+use crate::kernels::{LoraSegment, MatmulJob, PackedWeight, add_lora, best, linear};
 
 const NAME: &str = "lora";
 
@@ -37,7 +37,8 @@ impl std::fmt::Debug for LoraPart {
 }
 
 impl LoraPart {
-    /// Packs `a [rank, in]` and `b [out, rank]`, f32.
+    /// Packs `a [rank, in]` and `b [out, rank]`, f32; in half the bytes where every value is one of bf16 or
+    /// f16, as those of a file of 16 bits are.
     ///
     /// # Errors
     /// Other shapes or dtypes.
@@ -48,18 +49,20 @@ impl LoraPart {
         let pack = |tensor: &Tensor| {
             let columns = tensor.dims2()?.1;
             with_f32(tensor, NAME, |values| {
-                Ok(Arc::new(PackedWeight::from_f32(WeightForm::F32, values, columns)))
+                Ok(Arc::new(PackedWeight::from_f32_exact(values, columns)))
             })
         };
         Ok(Self { a: pack(a)?, b: pack(b)?, scale: narrow(scale) })
     }
 
-    /// `A [rank, in]` and `B [out, rank]` as they were packed.
+    /// `A [rank, in]` and `B [out, rank]` with the values that were packed, f32.
     ///
     /// # Errors
     /// Where there is no memory for them.
     pub fn matrices(&self) -> Result<[Tensor; 2]> {
-        let unpack = |packed: &Arc<PackedWeight>| Weight::Packed(Arc::clone(packed)).to_tensor();
+        let unpack = |packed: &Arc<PackedWeight>| {
+            Weight::Packed(Arc::clone(packed)).to_tensor()?.to_dtype(DType::F32)
+        };
         Ok([unpack(&self.a)?, unpack(&self.b)?])
     }
 
@@ -103,19 +106,19 @@ pub fn add_in_place(
 }
 
 #[allow(clippy::cast_possible_truncation)]
-fn narrow(scale: f64) -> f32 {
+pub(super) fn narrow(scale: f64) -> f32 {
     scale as f32
 }
 
 /// `x A^T`, `[rows, rank]`.
-fn shrink(x: &[f32], a: &[f32], (rank, in_features): (usize, usize)) -> Vec<f32> {
+pub(super) fn shrink(x: &[f32], a: &[f32], (rank, in_features): (usize, usize)) -> Vec<f32> {
     let mut hidden = vec![0.0; x.len() / in_features * rank];
     linear(best(), x, a, in_features, &mut hidden);
     hidden
 }
 
 /// `out [+]= scale * hidden B^T`.
-fn expand(
+pub(super) fn expand(
     hidden: &[f32],
     b: &[f32],
     rank: usize,

@@ -8,6 +8,7 @@
 //!
 //! Knows tensors and kernels. Must never know layers, families, requests or text.
 
+pub mod adapted_linear;
 pub mod add;
 pub mod attention;
 pub mod cross_entropy;
@@ -23,6 +24,7 @@ pub mod own_rows;
 pub mod profile;
 pub mod rms_norm;
 pub mod rope;
+pub mod seed;
 pub mod soft_cap;
 pub mod storage;
 pub mod weight;

@@ -20,12 +20,11 @@ pub fn add_noise(x: &Tensor, lengths: &[usize], alpha: f32, seed: u64) -> Result
     if lengths.iter().sum::<usize>() != tokens {
         return Err(mismatch(NAME, &format!("lengths {lengths:?} of {tokens} tokens")));
     }
-    let mut state = seed;
     let mut noise = Vec::with_capacity(tokens * size);
     for length in lengths {
         let magnitude = alpha / ((length * size) as f32).sqrt();
-        let draw = |_| magnitude * (2.0 * uniform(&mut state) - 1.0);
-        noise.extend((0..length * size).map(draw));
+        let draw = |at| magnitude * (2.0 * uniform(seed, at as u64) - 1.0);
+        noise.extend((noise.len()..noise.len() + length * size).map(draw));
     }
     x + tensor(noise, (tokens, size))?
 }

@@ -3,40 +3,75 @@
 
 use std::ops::Range;
 
+use super::{
+    Packing, TrainConfig,
+    packing::{group_by_length, pack},
+};
 use crate::data::{Example, epoch_order};
 
 /// How examples are put together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BatchPlan {
-    /// Number of examples.
-    pub num_examples: usize,
-    /// Examples per optimizer step; the last step of an epoch takes what is left.
+    /// The rows of a batch: indices of the examples in each.
+    pub rows: Vec<Vec<usize>>,
+    /// Tokens of each row, where rows of similar lengths are to be met together.
+    pub lengths: Option<Vec<usize>>,
+    /// Rows per optimizer step; the last step of an epoch takes what is left.
     pub batch_size: usize,
     /// Most tokens of a micro-batch, unless a single example is longer.
     pub micro_batch_tokens: usize,
     /// Decides the order.
     pub seed: u64,
-    /// Whether there is a new order each epoch; else examples come as they are.
+    /// Whether there is a new order each epoch; else rows come as they are.
     pub shuffle: bool,
 }
 
 impl BatchPlan {
+    /// What `config` makes of `examples`.
+    #[must_use]
+    pub fn new(config: &TrainConfig, examples: &[Example]) -> Self {
+        let lengths: Vec<usize> = examples.iter().map(Example::num_tokens).collect();
+        let rows = match config.packing {
+            Packing::None => (0..examples.len()).map(|index| vec![index]).collect(),
+            Packing::Bfd => pack(&lengths, config.max_length),
+        };
+        let length = |row: &Vec<usize>| row.iter().map(|&index| lengths[index]).sum();
+        let lengths = config.group_by_length.then(|| rows.iter().map(length).collect());
+        Self {
+            rows,
+            lengths,
+            batch_size: config.batch_size,
+            micro_batch_tokens: config.micro_batch_tokens,
+            seed: config.seed,
+            shuffle: config.shuffle,
+        }
+    }
+
     /// Optimizer steps of one pass over the examples.
     #[must_use]
     pub fn steps_per_epoch(&self) -> usize {
-        self.num_examples.div_ceil(self.batch_size)
+        self.rows.len().div_ceil(self.batch_size)
     }
 
     /// Indices of the examples of optimizer step `step`, counted from 0 over all epochs.
     #[must_use]
     pub fn examples_of_step(&self, step: usize) -> Vec<usize> {
         let (epoch, at) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
-        let range = at * self.batch_size..((at + 1) * self.batch_size).min(self.num_examples);
-        if self.shuffle {
-            epoch_order(self.num_examples, self.seed, epoch as u64)[range].to_vec()
+        let range = at * self.batch_size..((at + 1) * self.batch_size).min(self.rows.len());
+        self.order(epoch)[range].iter().flat_map(|&row| self.rows[row].iter().copied()).collect()
+    }
+
+    /// The rows in the order in which an epoch meets them.
+    fn order(&self, epoch: usize) -> Vec<usize> {
+        let mut order = if self.shuffle {
+            epoch_order(self.rows.len(), self.seed, epoch as u64)
         } else {
-            range.collect()
+            (0..self.rows.len()).collect()
+        };
+        if let Some(lengths) = &self.lengths {
+            group_by_length(&mut order, lengths, self.batch_size);
         }
+        order
     }
 
     /// The micro-batches of optimizer step `step`: its examples in order, cut where the next one

@@ -1,14 +1,16 @@
 //! What a training run is asked to do, checked once at the door.
 
+mod check;
+
 use std::{collections::BTreeMap, fmt, path::PathBuf};
 
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
-use super::TrainError;
+use super::{Packing, TrainError};
 use crate::adapters::LoraConfig;
 use crate::data::{Columns, LossOn, Sources};
-use crate::model::{Projection, Quantization};
+use crate::model::{Projection, Quantization, Recompute};
 
 /// Everything a run can be told. The keys of a YAML file and the flags have these names.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -90,6 +92,12 @@ pub struct TrainConfig {
     pub batch_size: usize,
     /// Most tokens in one forward and backward pass (a longer single sequence passes alone).
     pub micro_batch_tokens: usize,
+    /// What the backward pass computes again instead of keeping it.
+    pub recompute: RecomputeChoice,
+    /// Which examples share a row of the batch.
+    pub packing: Packing,
+    /// Whether rows of similar lengths come in one step.
+    pub group_by_length: bool,
     /// Largest global L2 norm of the gradient; 0 = no clipping.
     pub grad_clip: f64,
     /// Decoupled weight decay; never on norms and biases.
@@ -199,6 +207,27 @@ pub enum PairLoss {
     Robust,
 }
 
+/// What of a layer is computed again in the backward pass. The numbers are the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RecomputeChoice {
+    /// Whatever the memory asks for; nothing where nobody has looked.
+    Auto,
+    /// Nothing: fastest.
+    None,
+    /// Everything: a layer's activations live only while it is passed.
+    Block,
+}
+
+impl From<RecomputeChoice> for Recompute {
+    fn from(choice: RecomputeChoice) -> Self {
+        match choice {
+            RecomputeChoice::Auto | RecomputeChoice::None => Self::None,
+            RecomputeChoice::Block => Self::Block,
+        }
+    }
+}
+
 /// How the learning rate changes after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -284,6 +313,9 @@ impl Default for TrainConfig {
             max_steps: None,
             batch_size: 8,
             micro_batch_tokens: 2048,
+            recompute: RecomputeChoice::Auto,
+            packing: Packing::None,
+            group_by_length: false,
             grad_clip: 1.0,
             weight_decay: 0.0,
             beta1: 0.9,
@@ -346,6 +378,7 @@ const FREE_KEYS: &[&str] = &[
     "checkpoint_every",
     "checkpoint_seconds",
     "time_limit",
+    "recompute",
     "threads",
     "resume",
     "overwrite",
@@ -402,58 +435,6 @@ impl TrainConfig {
         require(trained, "method", &value, "lora where single tables are trained")?;
         let exact_only = self.method == Method::Lora || self.quantize == Quantization::None;
         require(exact_only, "quantize", &self.quantize, "none with method full")
-    }
-
-    fn check_choice(&self) -> Result<(), TrainError> {
-        let patience = self.early_stopping_patience;
-        require(patience != Some(0), "early_stopping_patience", &0, "at least 1")?;
-        let threshold = self.early_stopping_threshold;
-        let allowed = "0 or more";
-        let holds = threshold.is_finite() && threshold >= 0.0;
-        require(holds, "early_stopping_threshold", &threshold, allowed)?;
-        require(self.keep_best || !self.keep_last, "keep_last", &true, "unset without keep_best")?;
-        let sweeps = !self.sweep.is_empty();
-        require(sweeps || !self.sweep_halving, "sweep_halving", &true, "unset without sweep")?;
-        let adapter = self.method == Method::Lora;
-        require(adapter || !sweeps, "sweep", &"set", "unset with method full")?;
-        let plain = self.epoch_dir.is_none() && self.time_limit.is_none();
-        require(plain || !sweeps, "sweep", &"set", "unset with epoch_dir or time_limit")
-    }
-
-    fn check_objective(&self) -> Result<(), TrainError> {
-        let beta = self.dpo_beta;
-        require(beta > 0.0 && beta <= 2.0, "dpo_beta", &beta, "above 0 and at most 2")?;
-        let beta = self.orpo_beta;
-        require(beta > 0.0 && beta <= 2.0, "orpo_beta", &beta, "above 0 and at most 2")?;
-        let smoothing = self.dpo_label_smoothing;
-        require(
-            (0.0..0.5).contains(&smoothing),
-            "dpo_label_smoothing",
-            &smoothing,
-            "0 to below 0.5",
-        )?;
-        let weight = self.dpo_sft_weight;
-        require(weight.is_finite() && weight >= 0.0, "dpo_sft_weight", &weight, "0 or more")?;
-        let smoothing = self.label_smoothing;
-        require((0.0..1.0).contains(&smoothing), "label_smoothing", &smoothing, "0 to below 1")?;
-        let alpha = self.neftune_alpha;
-        require(alpha.is_finite() && alpha >= 0.0, "neftune_alpha", &alpha, "0 or more")?;
-        let supervised = self.objective == Objective::Sft;
-        require(
-            supervised || self.label_smoothing == 0.0,
-            "label_smoothing",
-            &self.label_smoothing,
-            "0 with preferences; dpo has dpo_label_smoothing",
-        )?;
-        let adapter = self.method == Method::Lora;
-        let dpo = self.objective == Objective::Dpo;
-        require(!dpo || adapter, "objective", &"dpo", "sft or orpo with method full")?;
-        let (loss_on, allowed) = (self.loss_on, "assistant with objective dpo");
-        require(!dpo || loss_on == LossTokens::Assistant, "loss_on", &loss_on, allowed)?;
-        let allowed = "assistant or all with objective orpo";
-        require(supervised || loss_on != LossTokens::Auto, "loss_on", &loss_on, allowed)?;
-        let epochs = adapter || self.epoch_dir.is_none();
-        require(epochs, "epoch_dir", &"set", "unset with method full")
     }
 
     /// The tokens that count in an example: of a pair always those of the answers. That `orpo` with

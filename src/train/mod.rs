@@ -15,6 +15,7 @@ mod examiner;
 mod objective;
 mod optimizer;
 mod output;
+mod packing;
 mod parity;
 mod preference;
 mod recipe;
@@ -36,12 +37,13 @@ pub use backward::{Gradients, clip_factor};
 pub use batches::{BatchPlan, MicroBatch, split_by_tokens};
 pub use checkpoint::{Checkpoint, newest_checkpoint, prune_checkpoints, write_checkpoint};
 pub use config::{
-    LossTokens, Method, NewTokens, Objective, PairLoss, ScheduleKind, Targets, TrainConfig,
-    WeightDtype,
+    LossTokens, Method, NewTokens, Objective, PairLoss, RecomputeChoice, ScheduleKind, Targets,
+    TrainConfig, WeightDtype,
 };
 pub use events::{EventLog, Rewards, TrainEvent};
 pub use examiner::{Candidate, Examination, Examiner, Generated, Scored};
 pub use optimizer::{AdamW, AdamWConfig, Moments};
+pub use packing::{Packing, pack};
 pub use recipe::Recipe;
 pub use report::loss_curve_svg;
 pub use schedule::{Schedule, warmup_steps};

@@ -16,11 +16,10 @@ use super::{
     LossTokens, MicroBatch, Objective, Rewards, TrainConfig, TrainError, TrainJob,
     batches::split_by_tokens,
     preference::{self, Contribution},
-    trainable::Trainable,
+    trainable::{MicroBatchLoss, Trainable},
     workers::Workers,
 };
 use crate::data::Example;
-use crate::model::Dropout;
 
 /// Log-probabilities of the two answers of a pair.
 pub(super) type PairLogProbs = [f64; 2];
@@ -101,23 +100,22 @@ impl Part {
         if objective.wants_pairs() { self.batch.lengths.len() / 2 } else { self.batch.rows.len() }
     }
 
-    /// The forward pass of a training step: the sums, and a scalar whose gradient is that of the summed
-    /// loss.
+    /// Of the batch's `losses` in a training step the sums, and a scalar whose gradient is that of the
+    /// summed loss.
     pub(super) fn loss(
         &self,
         model: &Trainable,
+        losses: &MicroBatchLoss,
         config: &TrainConfig,
-        dropout: Option<Dropout>,
     ) -> Result<(Sums, Tensor), TrainError> {
-        let losses = model.forward(&self.batch, dropout)?;
         if config.objective == Objective::Sft {
-            let sum = model.smoothed(&losses, &self.batch)?;
+            let sum = model.smoothed(losses, &self.batch)?;
             let sums = self.token_sums(number(&sum)?, losses.num_correct);
             return Ok((sums, sum));
         }
         let (sums, weights) = self.pairs(config, &losses.values()?);
         let weights = Tensor::from_vec(weights, self.batch.rows.len(), &Device::Cpu)?;
-        Ok((sums, (losses.nll * weights)?.sum_all()?))
+        Ok((sums, (&losses.nll * weights)?.sum_all()?))
     }
 
     /// The sums of a forward pass over held-out rows: no dropout, no smoothing of labels.
@@ -126,7 +124,7 @@ impl Part {
         model: &Trainable,
         config: &TrainConfig,
     ) -> Result<Sums, TrainError> {
-        let losses = model.forward(&self.batch, None)?;
+        let losses = model.forward(&self.batch)?;
         if config.objective == Objective::Sft {
             return Ok(self.token_sums(number(&losses.sum()?)?, losses.num_correct));
         }
@@ -253,7 +251,7 @@ fn reference(
             return Ok(Vec::new());
         }
         let batch = MicroBatch::new(&examples[run.clone()]);
-        Ok(pair_log_probs(&batch, &model.forward(&batch, None)?.values()?))
+        Ok(pair_log_probs(&batch, &model.forward(&batch)?.values()?))
     };
     workers.in_order(&runs, log_probs, |pairs| {
         all.extend(pairs);

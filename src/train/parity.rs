@@ -30,11 +30,8 @@ pub(super) fn score<'a>(
     let mut scored = Vec::new();
     for example in examples {
         let batch = MicroBatch::of_sequences(std::iter::once(example));
-        let losses = if batch.rows.is_empty() {
-            Vec::new()
-        } else {
-            model.forward(&batch, None)?.values()?
-        };
+        let losses =
+            if batch.rows.is_empty() { Vec::new() } else { model.forward(&batch)?.values()? };
         scored.push(Scored { example, logprobs: losses.into_iter().map(|nll| -nll).collect() });
     }
     Ok(scored)

@@ -10,6 +10,7 @@
 //! sweep that was killed needs no memory of its own.
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     sync::atomic::AtomicBool,
@@ -23,7 +24,7 @@ use super::{
     output,
     trainer::{Position, Turn, total_steps_of},
 };
-use crate::publish::{publish_dir, publish_file};
+use crate::publish::{disk, publish_dir, publish_file};
 
 /// Settings that leave batches and their order alone.
 const KEYS: &[&str] = &[
@@ -130,7 +131,7 @@ pub fn run_sweep(
     {
         for index in 0..candidates.len() {
             let candidate = &mut candidates[index];
-            if candidate.row.status != UNFINISHED || candidate.summary.is_some() {
+            if candidate.row.status != UNFINISHED {
                 continue;
             }
             job.config = candidate.config.clone();
@@ -187,14 +188,15 @@ impl Candidate {
     }
 }
 
-/// Those of the candidates that are still on their way, beyond the best `keep`.
+/// Those of the candidates that are still on their way, beyond the best `keep`. One that is published
+/// already counts as well: it was left behind here before the process was killed, or has ended by itself.
 fn left_behind(candidates: &[Candidate], keep: usize) -> Vec<usize> {
     let on_their_way = |index: &usize| candidates[*index].row.status == UNFINISHED;
     let mut ranked: Vec<usize> = (0..candidates.len()).filter(on_their_way).collect();
     let loss = |index: &usize| candidates[*index].row.loss.unwrap_or(f64::INFINITY);
     // Stable: of equal ones the first stays.
     ranked.sort_by(|one, other| loss(one).total_cmp(&loss(other)));
-    ranked.into_iter().skip(keep).filter(|index| candidates[*index].summary.is_none()).collect()
+    ranked.into_iter().skip(keep).collect()
 }
 
 /// After how many steps how many candidates go on; the last goes to the end.
@@ -268,7 +270,7 @@ impl Candidate {
         let name = name(&settings);
         let own = TrainConfig {
             output: sweep_dir(&config.output).join(&name),
-            sweep: Default::default(),
+            sweep: BTreeMap::new(),
             sweep_halving: false,
             // Wherever it is, it goes on from there.
             resume: true,
@@ -304,9 +306,9 @@ fn prepare(config: &TrainConfig) -> Result<Option<TrainSummary>, TrainError> {
         if !config.overwrite {
             return Err(TrainError::Unfinished(dir));
         }
-        fs::remove_dir_all(&dir)?;
+        disk::remove_dir_all(&dir)?;
     }
-    fs::create_dir_all(&dir).map_err(|source| TrainError::File { path: dir, source })?;
+    disk::create_dir_all(&dir)?;
     Ok(None)
 }
 
@@ -343,10 +345,10 @@ fn publish_best(
     publish_dir(&config.output, |folder| -> Result<(), TrainError> {
         for entry in fs::read_dir(&winner)? {
             let path = entry?.path();
-            fs::copy(&path, folder.join(path.file_name().unwrap_or_default()))?;
+            disk::copy(&path, &folder.join(path.file_name().unwrap_or_default()))?;
         }
-        fs::write(folder.join(JSON_FILE), &json)?;
-        fs::write(folder.join(TEXT_FILE), &text)?;
+        disk::write(&folder.join(JSON_FILE), &json)?;
+        disk::write(&folder.join(TEXT_FILE), &text)?;
         add_to_report(&folder.join("report.html"), &rows)
     })?;
     summary.path.clone_from(&config.output);
@@ -401,7 +403,7 @@ fn add_to_report(path: &Path, rows: &[SweepRow]) -> Result<(), TrainError> {
     table += &line("th", &HEADINGS.map(str::to_owned));
     table.extend(rows.iter().map(|row| line("td", &cells(row))));
     table += "</table></div>\n</main>";
-    Ok(fs::write(path, page.replacen("</main>", &table, 1))?)
+    Ok(disk::write(path, page.replacen("</main>", &table, 1))?)
 }
 
 fn wrong(key: &'static str, value: &dyn std::fmt::Debug, allowed: &'static str) -> TrainError {

@@ -6,7 +6,10 @@ use candle_core::{DType, Tensor, Var};
 
 use super::{Method, MicroBatch, TrainConfig, TrainError};
 use crate::adapters::LoraAdapter;
-use crate::model::{Decoder, DeltaRows, Dropout, ModelConfig, Step, StepSequence, WeightMode};
+use crate::model::{
+    Decoder, DeltaRows, Dropout, LayeredPass, ModelConfig, Recompute, Step, StepSequence,
+    WeightMode,
+};
 
 /// A decoder with parameters to train.
 pub(super) struct Trainable {
@@ -82,12 +85,34 @@ impl Trainable {
         }
     }
 
-    /// One forward pass. `batch` has at least one trained token.
-    pub(super) fn forward(
+    /// One forward pass of which no gradient is wanted, without dropout. `batch` has at least one trained
+    /// token.
+    pub(super) fn forward(&self, batch: &MicroBatch) -> Result<MicroBatchLoss, TrainError> {
+        self.with_step(batch, None, |step| {
+            self.losses(self.decoder.hidden_untracked(step)?, batch, step.deltas)
+        })
+    }
+
+    /// One forward pass, and what its backward pass goes on from. `batch` has at least one trained token.
+    pub(super) fn forward_to_train(
         &self,
         batch: &MicroBatch,
         dropout: Option<Dropout>,
-    ) -> Result<MicroBatchLoss, TrainError> {
+        recompute: Recompute,
+    ) -> Result<(MicroBatchLoss, LayeredPass<'_>), TrainError> {
+        self.with_step(batch, dropout, |step| {
+            let pass = self.decoder.layered(step, recompute)?;
+            Ok((self.losses(pass.hidden()?, batch, step.deltas)?, pass))
+        })
+    }
+
+    /// Calls `body` with the step that `batch` is.
+    fn with_step<T>(
+        &self,
+        batch: &MicroBatch,
+        dropout: Option<Dropout>,
+        body: impl FnOnce(&Step<'_>) -> Result<T, TrainError>,
+    ) -> Result<T, TrainError> {
         let whole = |&num_tokens: &usize| StepSequence {
             num_tokens,
             num_cached_tokens: 0,
@@ -99,15 +124,24 @@ impl Trainable {
             delta: Arc::clone(adapter) as _,
         };
         let deltas: Vec<_> = self.adapter.iter().map(on_all_rows).collect();
-        let hidden = self.decoder.hidden(&Step {
+        body(&Step {
             tokens: &batch.tokens,
             sequences: &sequences,
             cache: None,
             deltas: &deltas,
             logit_rows: &[],
             dropout,
-        })?;
-        let losses = self.decoder.token_losses_of(&hidden, &batch.rows, &batch.targets, &deltas)?; // [2, n]
+        })
+    }
+
+    fn losses(
+        &self,
+        hidden: Tensor,
+        batch: &MicroBatch,
+        deltas: &[DeltaRows],
+    ) -> Result<MicroBatchLoss, TrainError> {
+        let MicroBatch { rows, targets, .. } = batch;
+        let losses = self.decoder.token_losses_of(&hidden, rows, targets, deltas)?; // [2, n]
         let correct = losses.get(1)?.detach().to_dtype(DType::F64)?.sum_all()?;
         Ok(MicroBatchLoss { nll: losses.get(0)?, num_correct: correct.to_scalar()?, hidden })
     }

@@ -28,6 +28,7 @@ use super::{
     workspace::Workspace,
 };
 use crate::data::Example;
+use crate::kernels::release_freed_memory;
 use crate::model::Dropout;
 use crate::publish::disk;
 
@@ -159,13 +160,7 @@ impl<'a> Trainer<'a> {
             Some(base) => base.references(&model, &workers, job, stop)?,
             None => references(&model, &workers, job, stop)?,
         };
-        let plan = BatchPlan {
-            num_examples: job.train.len(),
-            batch_size: config.batch_size,
-            micro_batch_tokens: config.micro_batch_tokens,
-            seed: config.seed,
-            shuffle: config.shuffle,
-        };
+        let plan = BatchPlan::new(config, &job.train);
         let total_steps = total_steps(&plan, config.epochs, config.max_steps);
         let schedule = Schedule {
             kind: config.schedule,
@@ -261,13 +256,17 @@ impl<'a> Trainer<'a> {
         self.gradients.clear();
         let (mut sums, mut stopped) = (Sums::default(), false);
         let (model, parameters) = (&self.model, self.optimizer.parameters());
+        let recompute = config.recompute.into();
         let forward_and_backward = |index: usize, part: &Part| {
             if stop.load(Ordering::Relaxed) {
                 return Ok(None);
             }
-            let (sums, loss) = part.loss(model, config, dropout(config, step, index))?;
-            let scaled = (loss / num_units as f64)?;
-            Ok(Some((sums, scaled.backward()?)))
+            let dropout = dropout(config, step, index);
+            let (losses, pass) = model.forward_to_train(&part.batch, dropout, recompute)?;
+            let (sums, loss) = part.loss(model, &losses, config)?;
+            drop(losses);
+            let of_loss = (loss / num_units as f64)?.backward()?;
+            Ok(Some((sums, pass.backward(of_loss)?)))
         };
         self.workers.in_order(&parts, forward_and_backward, |result| {
             let Some((of_part, store)) = result else {
@@ -472,6 +471,7 @@ impl<'a> Trainer<'a> {
 
     /// Validates, publishes the output folder and removes the work folder.
     fn publish(mut self, outcome: Outcome) -> Result<TrainSummary, TrainError> {
+        release_freed_memory();
         self.validate_fully()?;
         self.end_epoch()?;
         self.restore_best(outcome)?;
@@ -585,11 +585,8 @@ fn check_examples(job: &TrainJob, vocab_size: usize) -> Result<(), TrainError> {
 
 /// Optimizer steps of the whole run of `job`.
 pub(super) fn total_steps_of(job: &TrainJob) -> usize {
-    let TrainConfig { batch_size, micro_batch_tokens, seed, shuffle, epochs, max_steps, .. } =
-        job.config;
-    let num_examples = job.train.len();
-    let plan = BatchPlan { num_examples, batch_size, micro_batch_tokens, seed, shuffle };
-    total_steps(&plan, epochs, max_steps)
+    let plan = BatchPlan::new(&job.config, &job.train);
+    total_steps(&plan, job.config.epochs, job.config.max_steps)
 }
 
 fn total_steps(plan: &BatchPlan, epochs: f64, max_steps: Option<usize>) -> usize {

@@ -67,7 +67,7 @@ const KEYS: &[(&str, Rule)] = &[
     ("params.log", Harmless),
     ("params.save_total_limit", Harmless),
     ("params.auto_find_batch_size", Harmless),
-    ("params.disable_gradient_checkpointing", Harmless),
+    ("params.disable_gradient_checkpointing", Read),
     ("params.use_flash_attention_2", Harmless),
     ("params.unsloth", Harmless),
     ("params.distributed_backend", Ignored("one process does the work")),
@@ -110,6 +110,9 @@ fn finish(theirs: &Theirs, ours: &mut Translation) {
     data(theirs, preferences, ours);
     adapter(theirs, ours);
     sizes(theirs, preferences, ours);
+    if theirs.flag("params.disable_gradient_checkpointing") == Some(true) {
+        ours.set("recompute", "none");
+    }
     if let Some(name) = theirs.text("params.optimizer") {
         optimizer("params.optimizer", &name, ours);
     }

@@ -83,14 +83,8 @@ const KEYS: &[(&str, Rule)] = &[
     ("max_length", Read),
     ("max_seq_length", Read),
     ("shuffle_dataset", Harmless),
-    (
-        "packing",
-        Ignored(
-            "rows are not padded here, so they need no packing; batch_size counts rows, \
-                         while TRL would count packs of max_length tokens and make fewer steps",
-        ),
-    ),
-    ("packing_strategy", Harmless),
+    ("packing", Flag("packing")),
+    ("packing_strategy", Read),
     ("padding_free", Harmless),
     ("pad_to_multiple_of", Harmless),
     ("eval_packing", Harmless),
@@ -158,7 +152,7 @@ const KEYS: &[(&str, Rule)] = &[
     ("tf32", Harmless),
     ("bf16_full_eval", Harmless),
     ("fp16_full_eval", Harmless),
-    ("gradient_checkpointing", Harmless),
+    ("gradient_checkpointing", Read),
     ("gradient_checkpointing_kwargs", Harmless),
     ("save_strategy", Harmless),
     ("save_steps", Read),
@@ -186,7 +180,8 @@ const KEYS: &[(&str, Rule)] = &[
     ("hub_private_repo", Harmless),
     ("neftune_noise_alpha", Number("neftune_alpha")),
     ("label_smoothing_factor", Number("label_smoothing")),
-    ("group_by_length", Ignored("the order of rows is random and depends on the seed alone")),
+    ("group_by_length", Flag("group_by_length")),
+    ("train_sampling_strategy", Read),
     ("length_column_name", Harmless),
     ("remove_unused_columns", Harmless),
     ("dataloader_num_workers", Harmless),
@@ -228,6 +223,7 @@ fn finish(theirs: &Theirs, ours: &mut Translation) {
     let rows = theirs.number("per_device_train_batch_size").unwrap_or(8.0);
     let accumulation = theirs.number("gradient_accumulation_steps").unwrap_or(1.0);
     ours.set("batch_size", plain(rows * accumulation));
+    rows_of_a_step(theirs, ours);
     course(theirs, preferences, ours);
     let report_to = theirs.list("report_to").unwrap_or_default();
     if report_to.iter().any(|name| name != "none") {
@@ -417,6 +413,28 @@ fn loss(theirs: &Theirs, preferences: bool, ours: &mut Translation) {
     }
     if preferences && theirs.flag("disable_dropout") != Some(false) {
         ours.set("dropout", 0);
+    }
+}
+
+/// What makes a row, in which order rows come, and what of them is kept for the backward pass.
+fn rows_of_a_step(theirs: &Theirs, ours: &mut Translation) {
+    if theirs.flag("packing") == Some(true)
+        && let Some(strategy) = theirs.text("packing_strategy")
+        && strategy != "bfd"
+    {
+        ours.refuse(format!("packing_strategy: {strategy} is not available; use bfd"));
+    }
+    match theirs.text("train_sampling_strategy").as_deref() {
+        None | Some("random") => {}
+        Some("sequential") => ours.set("shuffle", false),
+        Some("group_by_length") => ours.set("group_by_length", true),
+        Some(other) => ours.refuse(format!(
+            "train_sampling_strategy: {other} is not available; use random, sequential or \
+             group_by_length"
+        )),
+    }
+    if let Some(checkpointing) = theirs.flag("gradient_checkpointing") {
+        ours.set("recompute", if checkpointing { "block" } else { "none" });
     }
 }
 

@@ -130,6 +130,16 @@ pub(crate) struct TrainArgs {
     /// Most tokens in one forward and backward pass; bounds the memory [2048]
     #[arg(long)]
     pub(crate) micro_batch_tokens: Option<usize>,
+    /// Compute the inside of each layer again in the backward pass instead of keeping it: less memory,
+    /// more time, the same numbers [auto: where memory is short]
+    #[arg(long, value_parser = ["auto", "none", "block"])]
+    pub(crate) recompute: Option<String>,
+    /// Pack examples into rows of up to --max-length tokens, which --batch-size then counts [none]
+    #[arg(long, value_parser = ["none", "bfd"])]
+    pub(crate) packing: Option<String>,
+    /// Meet rows of similar lengths together
+    #[arg(long)]
+    pub(crate) group_by_length: bool,
     /// Largest norm of the gradient, 0 = no clipping [1]
     #[arg(long)]
     pub(crate) grad_clip: Option<f64>,
@@ -231,7 +241,7 @@ pub(crate) struct TrainArgs {
     #[arg(long)]
     #[serde(skip)]
     pub(crate) dry_run: bool,
-    /// Memory that the run may take, such as 8GiB: chooses --micro-batch-tokens
+    /// Memory that the run may take, such as 8GiB: chooses --micro-batch-tokens and --recompute
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     #[serde(skip)]
     pub(crate) memory: Option<usize>,

@@ -5,15 +5,22 @@ use std::{sync::atomic::AtomicBool, time::Duration};
 use anyhow::bail;
 use indicatif::HumanDuration;
 
-use crate::cli::memory::{Memory, bytes, peak};
+use crate::cli::memory::{Memory, bytes, free, peak};
 use crate::data::Example;
 use crate::model::ModelConfig;
-use crate::train::{Method, TrainEvent, TrainJob, rehearse};
+use crate::train::{
+    BatchPlan, Method, Packing, RecomputeChoice, TrainConfig, TrainEvent, TrainJob, rehearse,
+};
 
 /// Steps that are measured.
 const NUM_STEPS: usize = 2;
 /// Sizes of a micro-batch that a budget may choose, in tokens.
 const MICRO_BATCH_TOKENS: &[usize] = &[8192, 4096, 2048, 1024, 512, 256, 128, 64];
+
+/// From this size on a pass is no faster by token if it is larger.
+const EFFICIENT_TOKENS: usize = 512;
+/// Percent of the free memory that a run may take unasked.
+const SHARE_OF_FREE: u64 = 80;
 
 /// What the first steps of a run say about the rest of it.
 #[derive(Debug, Default)]
@@ -85,7 +92,8 @@ pub(super) fn dry_run(job: &TrainJob, stop: &AtomicBool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Chooses `micro_batch_tokens` so that the run fits into `budget` bytes.
+/// Chooses `micro_batch_tokens`, and `recompute` where nobody has, so that the run fits into `budget`
+/// bytes.
 ///
 /// # Errors
 /// It does not fit, with the numbers.
@@ -95,13 +103,28 @@ pub(super) fn fit_memory(
     say: &dyn Fn(&str),
 ) -> anyhow::Result<()> {
     let model = ModelConfig::from_dir(&job.model_dir)?;
+    let choices: &[RecomputeChoice] = match job.config.recompute {
+        RecomputeChoice::Auto => &[RecomputeChoice::None, RecomputeChoice::Block],
+        RecomputeChoice::None => &[RecomputeChoice::None],
+        RecomputeChoice::Block => &[RecomputeChoice::Block],
+    };
+    // To compute twice costs a third; only passes that are smaller still cost more.
+    let (large, small): (Vec<usize>, Vec<usize>) =
+        MICRO_BATCH_TOKENS.iter().partition(|&&tokens| tokens >= EFFICIENT_TOKENS);
+    let candidates = [large, small].into_iter().flat_map(|sizes| {
+        choices
+            .iter()
+            .flat_map(move |&choice| sizes.clone().into_iter().map(move |tokens| (choice, tokens)))
+    });
     let mut least = None;
-    for &tokens in MICRO_BATCH_TOKENS {
+    for (choice, tokens) in candidates {
+        job.config.recompute = choice;
         job.config.micro_batch_tokens = tokens;
         let memory = Memory::estimate(&job.model_dir, &model, &job.config, &job.train)?;
         if memory.total() <= budget as u64 {
             say(&format!(
-                "memory: micro_batch_tokens {tokens} takes about {} of {}",
+                "memory: micro_batch_tokens {tokens}{} takes about {} of {}",
+                if choice == RecomputeChoice::Block { " with recompute block" } else { "" },
                 describe(&memory),
                 bytes(budget as u64)
             ));
@@ -110,15 +133,62 @@ pub(super) fn fit_memory(
         least = Some(memory);
     }
     let Some(least) = least else { return Ok(()) };
-    let smaller = match job.config.method {
-        Method::Full => "train an adapter (--method lora), or shorten rows (--max-length)",
-        Method::Lora => "shorten rows (--max-length) or lower --rank",
+    let smaller = match (job.config.method, job.config.recompute) {
+        (_, RecomputeChoice::None) => "let layers be computed again (--recompute block)",
+        (Method::Full, _) => "train an adapter (--method lora), or shorten rows (--max-length)",
+        (Method::Lora, _) => {
+            "round the base (--quantize), shorten rows (--max-length) or lower --rank"
+        }
     };
     bail!(
         "the run does not fit into {}: with one sequence at a time it takes about {}; {smaller}",
         bytes(budget as u64),
         describe(&least)
     )
+}
+
+/// Chooses `recompute`, where nobody has, by the memory that is free; `limit` is the most that this process
+/// may have. Says so if layers will be computed again, or if that is not enough.
+///
+/// # Errors
+/// A model folder that cannot be read.
+pub(super) fn fit_free_memory(
+    job: &mut TrainJob,
+    limit: Option<usize>,
+    say: &dyn Fn(&str),
+) -> anyhow::Result<()> {
+    let free = free().into_iter().chain(limit.map(|limit| limit as u64)).min();
+    let (RecomputeChoice::Auto, Some(free)) = (job.config.recompute, free) else { return Ok(()) };
+    let budget = free / 100 * SHARE_OF_FREE;
+    let model = ModelConfig::from_dir(&job.model_dir)?;
+    for choice in [RecomputeChoice::None, RecomputeChoice::Block] {
+        job.config.recompute = choice;
+        let memory = Memory::estimate(&job.model_dir, &model, &job.config, &job.train)?;
+        if memory.total() <= budget {
+            if choice == RecomputeChoice::Block {
+                let (needed, free) = (describe(&memory), bytes(free));
+                say(&format!("memory: recompute block takes about {needed}; {free} are free"));
+            }
+            return Ok(());
+        }
+        if choice == RecomputeChoice::Block {
+            let (needed, free) = (describe(&memory), bytes(free));
+            say(&format!("memory: this may not fit; it takes about {needed}, and {free} are free"));
+        }
+    }
+    Ok(())
+}
+
+/// Says how full the rows are, where examples are packed.
+pub(super) fn say_packing(job: &TrainJob, say: &dyn Fn(&str)) {
+    let TrainConfig { packing: Packing::Bfd, max_length, .. } = job.config else { return };
+    let rows = BatchPlan::new(&job.config, &job.train).rows.len();
+    let tokens: usize = job.train.iter().map(Example::num_tokens).sum();
+    let full = 100.0 * tokens as f64 / (rows * max_length).max(1) as f64;
+    let examples = job.train.len();
+    say(&format!(
+        "packing: {examples} examples in {rows} rows of up to {max_length} tokens, {full:.0} % full"
+    ));
 }
 
 fn describe(memory: &Memory) -> String {

@@ -332,7 +332,8 @@ impl StepModel for Chain {
 
 #[test]
 fn what_follows_a_guess_is_drawn_from_the_models_distribution() {
-    let config = EngineConfig { max_model_len: 512, speculate: 8, ..config() };
+    // Few at once, so that steps have room for guesses.
+    let config = EngineConfig { max_num_seqs: 2, max_model_len: 512, speculate: 8, ..config() };
     let handle = start(Chain, 4, "base".to_owned(), config).unwrap();
     let sampled = |seed| {
         let sampling = SamplingParams { temperature: 1.0, seed, ..SamplingParams::greedy() };
@@ -348,7 +349,7 @@ fn what_follows_a_guess_is_drawn_from_the_models_distribution() {
         }
     }
     let stats = handle.stats();
-    assert!(stats.accepted_tokens() > 2000 && stats.accepted_tokens() < stats.draft_tokens());
+    assert!(stats.accepted_tokens() > 500 && stats.accepted_tokens() < stats.draft_tokens());
     let mut chi = 0.0;
     for (counts, probabilities) in counts.iter().zip(Chain::NEXT) {
         let total: f64 = counts.iter().sum();

@@ -7,6 +7,9 @@ use proptest::prelude::*;
 use super::{super::prefix::BlockKey, *};
 use crate::model::KvDtype;
 
+/// Rows of a step with guesses.
+const GUESS_ROWS: usize = 16;
+
 fn config(
     max_num_seqs: usize,
     max_batch_tokens: usize,
@@ -113,7 +116,7 @@ fn check_plan(
     let num_drafts = |part: &Scheduled| scheduler.running[part.index].drafts().len();
     let num_rows: usize = plan.iter().map(|part| part.num_tokens + num_drafts(part)).sum();
     assert!(num_rows <= config.max_batch_tokens, "budget: {num_rows}");
-    assert!(plan.iter().map(num_drafts).sum::<usize>() <= CHEAP_ROWS);
+    assert!(plan.iter().map(num_drafts).sum::<usize>() <= GUESS_ROWS);
     // Beside those who decode, a step has no more rows than it was allowed to.
     let all_decode =
         plan.iter().all(|part| decoding.contains(&scheduler.running[part.index].request));
@@ -218,7 +221,7 @@ proptest! {
             let decoding = scheduler.running.iter().filter(|s| s.num_remaining_tokens() == 1);
             let decoding: Vec<usize> = decoding.map(|sequence| sequence.request).collect();
             let preemptions = scheduler.num_preemptions();
-            let plan = scheduler.schedule(max_mixed_rows);
+            let plan = scheduler.schedule(max_mixed_rows, GUESS_ROWS);
             // Somebody who lost its blocks may be back in the same step, and then fills up again.
             let none = scheduler.num_preemptions() > preemptions;
             let decoding = if none { &[][..] } else { &decoding };
@@ -272,19 +275,19 @@ fn a_long_prompt_does_not_stop_the_others() {
     let config = config(8, 33, 4, 100);
     let mut scheduler = Scheduler::new(&config);
     scheduler.add(params(vec![1; 4], 20, 0), 0);
-    let plan = scheduler.schedule(usize::MAX);
+    let plan = scheduler.schedule(usize::MAX, GUESS_ROWS);
     run(&mut scheduler, &plan);
     scheduler.add(params(vec![2; 300], 1, 0), 1);
     scheduler.add(params(vec![3; 10], 1, 0), 2);
     // The decode row first; the long prompt takes half of the rest and the short one passes it.
     let parts = [(0, 1), (1, 16), (2, 10)];
     let parts = parts.map(|(index, num_tokens)| Scheduled { index, num_tokens });
-    assert_eq!(scheduler.schedule(usize::MAX), parts);
+    assert_eq!(scheduler.schedule(usize::MAX, GUESS_ROWS), parts);
     let ended = run(&mut scheduler, &parts);
     assert_eq!(ended.iter().map(|sequence| sequence.request).collect::<Vec<_>>(), [2]);
     // Alone with the decode row it takes all.
     let parts = [(0, 1), (1, 32)].map(|(index, num_tokens)| Scheduled { index, num_tokens });
-    assert_eq!(scheduler.schedule(usize::MAX), parts);
+    assert_eq!(scheduler.schedule(usize::MAX, GUESS_ROWS), parts);
 }
 
 #[test]
@@ -294,19 +297,19 @@ fn the_youngest_gives_its_blocks_to_the_oldest_and_comes_back() {
     let mut scheduler = Scheduler::new(&config);
     scheduler.add(params(vec![1, 2, 3, 4], 3, 0), 0);
     scheduler.add(params(vec![5, 6, 7, 8], 2, 0), 1);
-    let plan = scheduler.schedule(usize::MAX);
+    let plan = scheduler.schedule(usize::MAX, GUESS_ROWS);
     assert!(run(&mut scheduler, &plan).is_empty());
-    let plan = scheduler.schedule(usize::MAX);
+    let plan = scheduler.schedule(usize::MAX, GUESS_ROWS);
     assert_eq!(plan, [Scheduled { index: 0, num_tokens: 1 }]);
     assert_eq!(scheduler.num_preemptions(), 1);
     let preempted = scheduler.waiting.iter().next().unwrap();
     assert_eq!((preempted.tokens().len(), preempted.num_cached_tokens()), (5, 0));
     assert!(run(&mut scheduler, &plan).is_empty());
-    let plan = scheduler.schedule(usize::MAX);
+    let plan = scheduler.schedule(usize::MAX, GUESS_ROWS);
     assert_eq!(run(&mut scheduler, &plan).len(), 1);
     // Prompt and generated token run again in one chunk, but for the block that the cache still has: the
     // other one went to the oldest.
-    assert_eq!(scheduler.schedule(usize::MAX), [Scheduled { index: 0, num_tokens: 3 }]);
+    assert_eq!(scheduler.schedule(usize::MAX, GUESS_ROWS), [Scheduled { index: 0, num_tokens: 3 }]);
 }
 
 #[test]
@@ -318,7 +321,7 @@ fn a_common_beginning_is_computed_once_even_by_those_who_come_together() {
     }
     scheduler.add(params(vec![1; 34], 4, 5), 3); // The same tokens under another adapter.
     let mut chunks = Vec::new();
-    while let plan = scheduler.schedule(usize::MAX)
+    while let plan = scheduler.schedule(usize::MAX, GUESS_ROWS)
         && !plan.is_empty()
     {
         chunks.extend(
@@ -338,7 +341,8 @@ fn adapters_are_neighbours_and_the_base_comes_first() {
     for (age, adapter_key) in [7, 0, 9, 7, 0].into_iter().enumerate() {
         scheduler.add(params(vec![1; 3], 4, adapter_key), age);
     }
-    let order: Vec<usize> = scheduler.schedule(usize::MAX).iter().map(|part| part.index).collect();
+    let order: Vec<usize> =
+        scheduler.schedule(usize::MAX, GUESS_ROWS).iter().map(|part| part.index).collect();
     assert_eq!(order, [1, 4, 0, 3, 2]);
 }
 
@@ -347,12 +351,12 @@ fn a_prompt_takes_no_more_of_a_step_than_it_may_while_somebody_decodes() {
     let mut scheduler = Scheduler::new(&config(8, 512, 16, 100));
     scheduler.add(params(vec![1; 300], 20, 0), 0);
     // Nobody waits for a token yet.
-    let plan = scheduler.schedule(64);
+    let plan = scheduler.schedule(64, GUESS_ROWS);
     assert_eq!(plan, [Scheduled { index: 0, num_tokens: 300 }]);
     run(&mut scheduler, &plan);
     scheduler.add(params(vec![2; 300], 1, 0), 1);
     for chunk in [63, 63, 63, 63, 48] {
-        let plan = scheduler.schedule(64);
+        let plan = scheduler.schedule(64, GUESS_ROWS);
         assert_eq!(
             plan,
             [(0, 1), (1, chunk)].map(|(index, num_tokens)| Scheduled { index, num_tokens })
@@ -366,7 +370,7 @@ fn a_flood_on_one_adapter_delays_the_others_by_one_place_only() {
     let mut scheduler = Scheduler::new(&config(2, 64, 4, 100));
     let mut order = Vec::new();
     let mut step = |scheduler: &mut Scheduler<usize>| {
-        let plan = scheduler.schedule(usize::MAX);
+        let plan = scheduler.schedule(usize::MAX, GUESS_ROWS);
         order.extend(run(scheduler, &plan).iter().map(|sequence| sequence.request));
     };
     (0..40).for_each(|age| scheduler.add(params(vec![age as u32; 6], 5, 7), age));
@@ -393,7 +397,7 @@ fn a_lower_priority_number_goes_first_and_keeps_its_blocks() {
     }
     let mut order = Vec::new();
     while !scheduler.is_idle() {
-        let plan = scheduler.schedule(usize::MAX);
+        let plan = scheduler.schedule(usize::MAX, GUESS_ROWS);
         order.extend(run(&mut scheduler, &plan).iter().map(|sequence| sequence.request));
     }
     // Of the two that are left with 0, the one whose adapter got less.
@@ -404,9 +408,9 @@ fn a_lower_priority_number_goes_first_and_keeps_its_blocks() {
     let late = SequenceParams { priority: 1, ..params(vec![1, 2, 3, 4], 3, 0) };
     scheduler.add(late, 0);
     scheduler.add(params(vec![5, 6, 7, 8], 2, 0), 1);
-    let plan = scheduler.schedule(usize::MAX);
+    let plan = scheduler.schedule(usize::MAX, GUESS_ROWS);
     assert!(run(&mut scheduler, &plan).is_empty());
-    let plan = scheduler.schedule(usize::MAX);
+    let plan = scheduler.schedule(usize::MAX, GUESS_ROWS);
     assert_eq!(run(&mut scheduler, &plan)[0].request, 1);
     assert_eq!(scheduler.num_preemptions(), 1);
 }
@@ -417,16 +421,16 @@ fn guesses_fill_a_step_of_decoding_sequences_and_no_other() {
     let mut scheduler = Scheduler::new(&config);
     let repeated: Vec<u32> = (0..40).map(|i| i % 10).collect();
     scheduler.add(params(repeated.clone(), 30, 0), 0);
-    let plan = scheduler.schedule(usize::MAX);
+    let plan = scheduler.schedule(usize::MAX, GUESS_ROWS);
     assert!(scheduler.running[0].drafts().is_empty());
     // The model goes on as the prompt did.
     scheduler.running_mut()[0].advance(40);
     scheduler.running_mut()[0].push(0);
     assert_eq!(plan.len(), 1);
-    scheduler.schedule(usize::MAX);
+    scheduler.schedule(usize::MAX, GUESS_ROWS);
     assert_eq!(scheduler.running[0].drafts(), [1, 2, 3, 4, 5, 6, 7, 8]);
     // A prompt comes, and wants the room.
     scheduler.add(params(vec![9; 20], 3, 0), 1);
-    scheduler.schedule(usize::MAX);
+    scheduler.schedule(usize::MAX, GUESS_ROWS);
     assert!(scheduler.running.iter().all(|sequence| sequence.drafts().is_empty()));
 }

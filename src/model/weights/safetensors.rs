@@ -20,6 +20,9 @@ use crate::model::ModelError;
 /// The safetensors format's own limit on a header.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
+/// Bytes of a tensor that are read at once.
+const READ_BYTES: usize = 1 << 20;
+
 /// The tensors of a folder, each in its file's dtype.
 #[derive(Clone)]
 pub(in crate::model) struct SafetensorsFolder {
@@ -126,6 +129,21 @@ impl StoredTensor {
     /// Fills `bytes` from byte `offset` of the tensor on.
     pub(in crate::model) fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), ModelError> {
         self.file.read_exact_at(bytes, self.start + offset).map_err(ModelError::io(&self.path))
+    }
+
+    /// The tensor's bytes from its first to its last, some at a time.
+    pub(in crate::model) fn for_each_bytes(
+        &self,
+        mut body: impl FnMut(&[u8]),
+    ) -> Result<(), ModelError> {
+        let length = self.shape.iter().product::<usize>() * self.dtype.size_in_bytes();
+        let mut bytes = vec![0; READ_BYTES];
+        for start in (0..length).step_by(READ_BYTES) {
+            let part = &mut bytes[..READ_BYTES.min(length - start)];
+            self.read(start as u64, part)?;
+            body(part);
+        }
+        Ok(())
     }
 
     /// The whole tensor.

@@ -14,7 +14,7 @@ use std::{
 use candle_core::{Device, safetensors::load_buffer};
 
 use super::{AdamW, Outcome, TrainError, TrainEvent, TrainJob, Trainer, output};
-use crate::publish::{publish_file, sha256_hex};
+use crate::publish::{disk, publish_file, sha256_hex};
 
 /// Parameters that are kept, see above.
 const NUM_KEPT: usize = 3;
@@ -52,7 +52,7 @@ impl Standing {
                 continue;
             }
             // What is no number is worse than any.
-            let loss = if loss.is_nan() { f64::INFINITY } else { loss };
+            let loss = if loss.is_nan() { f64::INFINITY } else { comparable(loss) };
             let first = Self { step, loss, token_accuracy, newest: step, num_stale: 0 };
             let Some(before) = standing else {
                 standing = Some(first);
@@ -64,6 +64,13 @@ impl Standing {
         }
         standing
     }
+}
+
+/// `loss` without its last digits: a number that was read back from a log may have lost the very last, and
+/// who is best must not depend on that.
+fn comparable(loss: f64) -> f64 {
+    const DIGITS: f64 = 1e9;
+    (loss * DIGITS).round() / DIGITS
 }
 
 /// Checks that there is something to be best at.
@@ -142,11 +149,7 @@ fn last_folder(output: &Path) -> PathBuf {
 /// Writes the parameters after `step` steps and removes all but the newest. The name has a part of the
 /// content's hash.
 fn save(folder: &Path, step: usize, optimizer: &AdamW) -> Result<(), TrainError> {
-    let at = |path: &Path| {
-        let path = path.to_owned();
-        move |source| TrainError::File { path, source }
-    };
-    fs::create_dir_all(folder).map_err(at(folder))?;
+    disk::create_dir_all(folder)?;
     let tensors = optimizer.parameters().iter().map(|(name, var)| (name, var.as_tensor().clone()));
     let bytes = safetensors::serialize(tensors, None).map_err(|error| TrainError::Checkpoint {
         path: folder.to_owned(),
@@ -157,7 +160,10 @@ fn save(folder: &Path, step: usize, optimizer: &AdamW) -> Result<(), TrainError>
     let mut names: Vec<_> = files(folder)?;
     names.sort_unstable();
     for old in names.into_iter().rev().skip(NUM_KEPT) {
-        fs::remove_file(&old).map_err(at(&old))?;
+        // It costs room and nothing else.
+        if let Err(error) = disk::remove_file(&old) {
+            tracing::warn!("{error}");
+        }
     }
     Ok(())
 }
