@@ -111,7 +111,14 @@ fn job(
     };
     let train = (0..rows * steps).map(|index| example(index, &mut rng)).collect();
     let model_dir = model.into();
-    TrainJob { config: settings, model_dir, train, valid: Vec::new(), sources: Vec::new() }
+    TrainJob {
+        config: settings,
+        model_dir,
+        train,
+        valid: Vec::new(),
+        sources: Vec::new(),
+        companions: Vec::new(),
+    }
 }
 
 /// Additions and multiplications of a token: every projection forward and to its input's gradient, with

@@ -137,7 +137,7 @@ fn a_packed_run_that_was_stopped_goes_on_with_the_same_bits_even_if_it_recompute
     };
     let (whole, halves) = (TempDir::new(), TempDir::new());
     let undisturbed = run_for(&packed(&whole.0, |_| {}), usize::MAX);
-    // 24 examples of 390 tokens fill seven rows of 64, which are two steps of an epoch.
+    // 24 examples of 382 tokens fill six or seven rows of 64: two steps of an epoch.
     assert_eq!(undisturbed.total_steps, 4);
     let stopped = run_for(&packed(&halves.0, |_| {}), 2);
     assert_eq!(stopped.outcome, Outcome::Stopped);

@@ -46,7 +46,7 @@ impl Memory {
         let copies = COPIES + if workers > 1 { 2 * workers } else { 0 };
         let (tokens, passes) = tokens_at_once(config, examples, workers);
         let adapted = if config.method == Method::Lora { &projections[..] } else { &[] };
-        let layer = layer_floats(model, adapted, config.rank);
+        let layer = layer_floats(model, adapted, config);
         let floats = match Recompute::from(config.recompute) {
             // A layer's graph twice for the one that is passed: its gradients.
             Recompute::None => layer * (model.num_layers + 1),
@@ -55,7 +55,7 @@ impl Memory {
         Ok(Self {
             weights,
             adapter: (trained * F32 * copies) as u64,
-            activations: ((tokens * floats + passes * logits(model)) * F32) as u64,
+            activations: ((tokens * floats + passes * logits(model, tokens / passes)) * F32) as u64,
         })
     }
 
@@ -93,23 +93,25 @@ pub(super) fn free() -> Option<u64> {
     Some(group.map_or(machine, |(limit, used)| machine.min(limit.saturating_sub(used))))
 }
 
-/// Numbers that the graph of a layer holds of a token, with adapters of rank `rank` on `adapted`.
-fn layer_floats(model: &ModelConfig, adapted: &[Projection], rank: usize) -> usize {
+/// Numbers that the graph of a layer holds of a token, with adapters as in `config` on `adapted`.
+fn layer_floats(model: &ModelConfig, adapted: &[Projection], config: &TrainConfig) -> usize {
     let kv = model.num_kv_heads * model.head_dim;
     let queries = model.num_heads * model.head_dim;
-    // Input and output, two norms, what comes out of the two blocks, and the sum between them; q and k before and after their
-    // rotation, v, what comes out of attention; gate, up and their product; an adapter's x A.
-    7 * model.hidden_size
-        + 3 * queries
-        + 3 * kv
-        + 3 * model.intermediate_size
-        + adapted.len() * rank
+    // Input and output, two norms, what comes out of the two blocks, and the sum between them; q and k before
+    // and after their rotation, v, what comes out of attention; gate, up and their product.
+    let base = 7 * model.hidden_size + 3 * queries + 3 * kv + 3 * model.intermediate_size;
+    let outputs = adapted.iter().map(|projection| model.projection_shape(*projection).1);
+    // Plain LoRA is one operation with its projection and keeps x A; others are several, each with an output.
+    let is_plain = config.variant == TrainConfig::default().variant;
+    let apart = if is_plain { 0 } else { 4 * outputs.sum::<usize>() };
+    base + adapted.len() * config.rank + apart
 }
 
-/// Numbers of the logits that a pass holds at a time, with what becomes of them.
-fn logits(model: &ModelConfig) -> usize {
+/// Numbers of the logits that a pass over `tokens` holds at a time.
+fn logits(model: &ModelConfig, tokens: usize) -> usize {
+    const CHUNK: usize = 1 << 20;
     const ROWS: usize = 96;
-    ROWS * model.vocab_size
+    (CHUNK / model.vocab_size.max(1)).max(ROWS).min(tokens) * model.vocab_size
 }
 
 /// The most tokens in backward passes that run at once, over the steps of an epoch, and their number.

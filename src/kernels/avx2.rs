@@ -32,6 +32,7 @@ macro_rules! both {
 }
 
 impl Simd for Avx2 {
+    const SUMS: usize = 6;
     type V = V;
     type I = (__m256i, __m256i);
     type B = (__m256i, __m256i);

@@ -22,6 +22,7 @@ use super::{avx2::sum_of_eight, simd::Simd};
 pub(super) struct Avx512;
 
 impl Simd for Avx512 {
+    const SUMS: usize = 16;
     type V = __m512;
     type I = __m512i;
     type B = __m512i;

@@ -16,6 +16,7 @@ fn map2(a: V, b: V, f: impl Fn(f32, f32) -> f32) -> V {
 }
 
 impl Simd for Portable {
+    const SUMS: usize = 4;
     type V = V;
     type I = [i32; LANES];
     type B = [[u8; 4]; LANES];

@@ -11,6 +11,8 @@ pub const LANES: usize = 16;
 /// Every function needs a CPU with the implementation's features. Pointers must be valid for
 /// sixteen elements; alignment is not required.
 pub(super) trait Simd: Copy + 'static {
+    /// Vectors of sums that are kept in registers at a time.
+    const SUMS: usize;
     /// Sixteen f32.
     type V: Copy;
     /// Sixteen i32.

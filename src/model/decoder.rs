@@ -114,7 +114,7 @@ impl Decoder {
     /// # Errors
     /// A configuration whose tensors cannot be made.
     pub fn random(config: ModelConfig, seed: u64) -> Result<Self, ModelError> {
-        let source = Source::Random(Box::new(RandomWeights::new(seed)));
+        let source = Source::Random(Box::new(RandomWeights::new(seed, config.norm_offset)));
         Self::build(config, WeightMode::Trainable, source)
     }
 

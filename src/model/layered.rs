@@ -113,7 +113,8 @@ impl LayeredPass<'_> {
         let mut next = self.last.clone();
         for index in (0..self.layers.len()).rev() {
             // Below the first trained layer nothing is tracked.
-            let Some(gradient) = gradients.remove(&next) else { return Ok(gradients) };
+            let gradient = gradients.remove(&next).filter(|_| next.track_op());
+            let Some(gradient) = gradient else { return Ok(gradients) };
             let Some(LayerPass { input, output }) = self.layers.pop() else { break };
             let output = match output {
                 Some(output) => output,

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::{
     AttentionShape, PAIRS,
-    scores::{View, probabilities},
+    scores::{Scores, View, probabilities},
 };
 use crate::kernels::{
     Kernels,
@@ -200,13 +200,17 @@ unsafe fn backward_pairs<S: Simd, const N: usize>(tile: &BackwardTile, first: us
         }
         // 2. The probabilities, again; with a soft cap, its slopes where the scores' gradients go.
         let keys_transposed = panels.keys_transposed.as_ptr();
-        let inverse = probabilities::<S, f32, N>(
+        let scores = Scores {
             shape,
-            &view,
-            &queries.map(<*mut f32>::cast_const),
-            (&probs, Some(&grad_scores)),
-            |block| keys_transposed.add(block * head_dim * LANES),
-        );
+            view: &view,
+            is_new: false,
+            queries: queries.map(<*mut f32>::cast_const),
+            rows: probs,
+            slopes: Some(grad_scores),
+        };
+        let inverse = probabilities::<S, f32, N>(&scores, |block| {
+            keys_transposed.add(block * head_dim * LANES)
+        });
         // 3. The gradients of the scores.
         for block in view.blocks.clone() {
             let values = panels.values_transposed.as_ptr().add(block * head_dim * LANES);

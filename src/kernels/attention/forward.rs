@@ -1,11 +1,20 @@
 //! The forward pass of one key head for some rows of one sequence.
+#![allow(clippy::needless_range_loop, reason = "register tiles are indexed in both directions")]
+
+use std::ops::Range;
 
 use super::{
     AttentionShape, PAIRS,
     panels::KvElement,
-    scores::{View, probabilities},
+    scores::{Scores, View, probabilities},
 };
 use crate::kernels::simd::{LANES, Simd, store_partial};
+
+/// Fewer rows of a sequence read keys and values once, so that they come from memory; more find them in
+/// the CPU's caches.
+const FEW_ROWS: usize = 4;
+/// How far ahead values are asked for: a block takes less time than memory takes to answer.
+const BLOCKS_AHEAD: usize = 2;
 
 /// Some rows of one sequence, for the heads that share one key head.
 pub(in crate::kernels) struct ForwardTile {
@@ -49,6 +58,61 @@ pub(in crate::kernels) unsafe fn forward_tile<S: Simd, E: KvElement>(tile: &Forw
     }
 }
 
+/// A block's values and what `N` rows give to them.
+struct Values<E, const N: usize> {
+    /// `[16][padded]`
+    values: *const E,
+    /// Those of a later block, to be asked for from memory.
+    ahead: Option<*const E>,
+    padded: usize,
+    /// The positions of the block that count.
+    keys: Range<usize>,
+    /// Sixteen each.
+    weights: [*mut f32; N],
+    /// `padded` elements each.
+    sums: [*mut f32; N],
+}
+
+impl<E: KvElement, const N: usize> Values<E, N> {
+    /// Adds elements `lane..` of the values, `C` vectors of them, to the sums. Each sum is one chain over
+    /// the positions, whatever `N` and `C`.
+    #[inline(always)]
+    unsafe fn add<S: Simd, const C: usize>(&self, lane: usize) {
+        // SAFETY: by the contract of `forward_tile`; a prefetch of any address is allowed.
+        unsafe {
+            let mut sums = [[S::splat(0.0); C]; N];
+            for i in 0..N {
+                for c in 0..C {
+                    sums[i][c] = S::load(self.sums[i].add(lane + c * LANES));
+                }
+            }
+            for key in self.keys.clone() {
+                let at = key * self.padded + lane;
+                let mut values = [S::splat(0.0); C];
+                for c in 0..C {
+                    values[c] = E::load::<S>(self.values.add(at + c * LANES));
+                }
+                if let Some(ahead) = self.ahead {
+                    for c in 0..C {
+                        S::prefetch(ahead.wrapping_add(at + c * LANES).cast());
+                    }
+                }
+                for i in 0..N {
+                    let weight = S::splat(*self.weights[i].add(key));
+                    for c in 0..C {
+                        sums[i][c] = S::fma(weight, values[c], sums[i][c]);
+                    }
+                }
+            }
+            for i in 0..N {
+                for c in 0..C {
+                    S::store(self.sums[i].add(lane + c * LANES), sums[i][c]);
+                }
+            }
+        }
+    }
+}
+
 #[inline(always)]
 unsafe fn forward_pairs<S: Simd, E: KvElement, const N: usize>(tile: &ForwardTile, first: usize) {
     let shape = &tile.shape;
@@ -68,8 +132,10 @@ unsafe fn forward_pairs<S: Simd, E: KvElement, const N: usize>(tile: &ForwardTil
         };
         // 1. Probabilities, but for the division by their sum.
         let queries = offsets.map(|offset| tile.queries.add(offset));
+        let is_new = tile.rows < FEW_ROWS;
+        let scores = Scores { shape, view: &view, is_new, queries, rows, slopes: None };
         let key_block = |block| head_block(tile.keys, block, shape.head_dim * LANES);
-        let inverse = probabilities::<S, E, N>(shape, &view, &queries, (&rows, None), key_block);
+        let inverse = probabilities::<S, E, N>(&scores, key_block);
         // 2. The values' sums, weighted with them.
         for sum in sums {
             for lane in (0..padded).step_by(LANES) {
@@ -86,19 +152,34 @@ unsafe fn forward_pairs<S: Simd, E: KvElement, const N: usize>(tile: &ForwardTil
                     S::store(weight, S::mul(S::load(weight), scales));
                 }
             }
-            let (values, keys) = (head.add(E::SCALES), view.keys(block));
-            let keys = keys.start - block * LANES..keys.end - block * LANES;
-            for lane in (0..padded).step_by(LANES) {
-                let mut sum = sums.map(|sum| S::load(sum.add(lane)));
-                for key in keys.clone() {
-                    let value = E::load::<S>(values.add(key * padded + lane));
-                    for i in 0..N {
-                        sum[i] = S::fma(S::splat(*weights[i].add(key)), value, sum[i]);
-                    }
+            let keys = view.keys(block);
+            let part = Values {
+                values: head.add(E::SCALES),
+                ahead: is_new.then(|| {
+                    let ahead = (block + BLOCKS_AHEAD).min(view.blocks.end - 1);
+                    head_block(tile.values, ahead, padded * LANES).add(E::SCALES)
+                }),
+                padded,
+                keys: keys.start - block * LANES..keys.end - block * LANES,
+                weights,
+                sums,
+            };
+            let mut lane = 0;
+            if 4 * N <= S::SUMS {
+                while lane + 4 * LANES <= padded {
+                    part.add::<S, 4>(lane);
+                    lane += 4 * LANES;
                 }
-                for i in 0..N {
-                    S::store(sums[i].add(lane), sum[i]);
+            }
+            if 2 * N <= S::SUMS {
+                while lane + 2 * LANES <= padded {
+                    part.add::<S, 2>(lane);
+                    lane += 2 * LANES;
                 }
+            }
+            while lane < padded {
+                part.add::<S, 1>(lane);
+                lane += LANES;
             }
         }
         // 3. The division.

@@ -1,4 +1,4 @@
-//! Fresh weights: normal with a standard deviation of 0.02, norms one, biases zero.
+//! Fresh weights: normal with a standard deviation of 0.02, norms without effect, biases zero.
 
 use candle_core::{Device, Result, Tensor};
 use rand::{Rng, SeedableRng};
@@ -10,11 +10,15 @@ const STANDARD_DEVIATION: f32 = 0.02;
 /// Draws weights in the order in which they are asked for.
 pub(in crate::model) struct RandomWeights {
     rng: ChaCha8Rng,
+    /// The weight of a norm that changes nothing.
+    norm: f32,
 }
 
 impl RandomWeights {
-    pub(in crate::model) fn new(seed: u64) -> Self {
-        Self { rng: ChaCha8Rng::seed_from_u64(seed) }
+    /// Weights for a model that adds `norm_offset` to those of its norms.
+    #[allow(clippy::cast_possible_truncation)]
+    pub(in crate::model) fn new(seed: u64, norm_offset: f64) -> Self {
+        Self { rng: ChaCha8Rng::seed_from_u64(seed), norm: 1.0 - norm_offset as f32 }
     }
 
     pub(in crate::model) fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
@@ -22,7 +26,7 @@ impl RandomWeights {
         let data: Vec<f32> = if name.ends_with("bias") {
             vec![0.0; count]
         } else if name.contains("norm") {
-            vec![1.0; count]
+            vec![self.norm; count]
         } else {
             (0..count).map(|_| self.normal() * STANDARD_DEVIATION).collect()
         };
