@@ -64,7 +64,7 @@ fn program(dir: &TempDir, then: &str) -> PathBuf {
 fn a_job_that_needs_more_memory_than_it_may_have_fails_with_a_reason() {
     // Long rows, so that it is training that needs it.
     let rows = chat_rows(12).replace("What is", &"What is the colour of the sky ".repeat(28));
-    for (memory, status) in [(24 << 20, JobStatus::Failed), (4 << 30, JobStatus::Succeeded)] {
+    for (memory, status) in [(12 << 20, JobStatus::Failed), (4 << 30, JobStatus::Succeeded)] {
         let dir = TempDir::new();
         let shop = Workshop::open(&dir.0, |config| config.memory = Some(memory));
         let id = shop.create(&shop.file(&rows), |_| {});

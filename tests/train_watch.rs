@@ -103,8 +103,10 @@ fn prometheus_reads_the_figures_of_a_run() {
     let dir = TempDir::new();
     let more = ["--max-steps", "100000", "--metrics-addr", "127.0.0.1:0"];
     let mut child = train(&dir.0, &more).spawn().unwrap();
-    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    // Read on, or the run would have nobody to write to.
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     let address = lines
+        .by_ref()
         .map_while(Result::ok)
         .find_map(|line| Some(line.strip_prefix("metrics: http://")?.split('/').next()?.to_owned()))
         .unwrap();

@@ -28,3 +28,5 @@ pub mod seed;
 pub mod soft_cap;
 pub mod storage;
 pub mod weight;
+
+pub use crate::kernels::release_freed_memory;

@@ -17,10 +17,8 @@ impl Surroundings<'_> {
     /// The same for one of several runs.
     #[must_use]
     pub fn lend(&mut self) -> Surroundings<'_> {
-        let examiner = match &mut self.examiner {
-            Some(examiner) => Some(&mut **examiner as &mut dyn Examiner),
-            None => None,
-        };
+        // A plain `as_deref_mut` would lend it for too long.
+        let examiner = self.examiner.as_mut().map(|examiner| &mut **examiner as &mut dyn Examiner);
         Surroundings { examiner, pause: self.pause }
     }
 }

@@ -28,8 +28,8 @@ use super::{
     workspace::Workspace,
 };
 use crate::data::Example;
-use crate::kernels::release_freed_memory;
 use crate::model::Dropout;
+use crate::ops::release_freed_memory;
 use crate::publish::disk;
 
 /// Models with more parameters than this keep all cores busy with one micro-batch.

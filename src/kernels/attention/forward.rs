@@ -1,4 +1,5 @@
 //! The forward pass of one key head for some rows of one sequence.
+#![allow(clippy::needless_range_loop, reason = "register tiles are indexed in both directions")]
 
 use std::ops::Range;
 
