@@ -140,11 +140,14 @@ fn a_killed_run_resumes_to_the_same_weights_wherever_it_was_killed() {
 }
 
 /// Kills one run of 200 steps so often, with SIGKILL, at steps spread over it and at any moment within
-/// them; a fifth of the processes while they start. It must make the adapter of an undisturbed run.
+/// them; a fifth of the processes while they start. With dropout and packed rows, it must make the adapter of an
+/// undisturbed run.
 fn kill_often(kills: usize) {
     const STEPS: usize = 200;
     let scratch = Scratch::new(&format!("kills-{kills}"));
-    let settings = ["--resume", "--max-steps", "200", "--batch-size", "2", "--samples", "0"];
+    let settings =
+        "--resume --max-steps 200 --samples 0 --batch-size 2 --packing bfd --max-length 64";
+    let settings: Vec<&str> = settings.split(' ').collect();
     succeeded(&scratch.train("whole", &settings).output().unwrap());
     let whole = weights(&scratch.0.join("whole"));
 
