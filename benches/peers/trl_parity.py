@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What TRL makes of a base in 50 steps of supervised training and of DPO, for `tests/train_trl.rs` to compare with.
+"""What TRL makes of a base in 50 steps of supervised training and of DPO, for `tests/train/trl.rs` to compare with.
 
   python benches/peers/trl_parity.py --model models/tiny-kitchen --output tests/fixtures/trl/tiny-kitchen --rank 2
   python benches/peers/trl_parity.py --model DIR --output /tmp/trl-smol135 --rank 8 --lr 2e-4 --dpo-lr 5e-5 --bf16
-  TUNESMITH_TRL_MODEL=DIR TUNESMITH_TRL_TRACE=/tmp/trl-smol135 cargo test --release --test train_trl -- --ignored --nocapture
+  TUNESMITH_TRL_MODEL=DIR TUNESMITH_TRL_TRACE=/tmp/trl-smol135 cargo test --release --test train trl:: -- --ignored --nocapture
 
 Needs torch, transformers, peft, trl and datasets (their versions are written into the traces). Writes:
   initial/                 a fresh PEFT adapter on all linear layers, as saved by peft (A drawn with a fixed seed, B zero)

@@ -1,0 +1,11 @@
+//! The command line as its user sees it.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod bench;
+mod check;
+mod files;
+mod hub;
+mod jobs;

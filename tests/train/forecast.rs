@@ -1,0 +1,166 @@
+//! What `tunesmith train` says before, while and after it runs: dry runs, memory budgets, generated
+//! answers, parity with serving and the report.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Output},
+};
+
+use crate::common::{TempDir, fixture};
+use serde_json::{Value, json};
+
+/// Runs `tunesmith train` on twelve rows, two of them held out.
+fn train(dir: &Path, arguments: &[&str]) -> Output {
+    let row = |n: usize| {
+        json!({"messages": [{"role": "user", "content": format!("say {n}")},
+            {"role": "assistant", "content": format!("{n} <b>{n}</b>")}]})
+        .to_string()
+    };
+    let rows = |numbers: std::ops::Range<usize>| numbers.map(row).collect::<Vec<_>>().join("\n");
+    fs::write(dir.join("train.jsonl"), rows(0..10)).unwrap();
+    fs::write(dir.join("valid.jsonl"), rows(10..12)).unwrap();
+    Command::new(env!("CARGO_BIN_EXE_tunesmith"))
+        .current_dir(dir)
+        .args(["train", "--data", "train.jsonl", "--valid", "valid.jsonl", "--output", "out"])
+        .args(["--rank", "4", "--batch-size", "4", "--epochs", "2", "--model"])
+        .arg(fixture("tiny-llama"))
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+fn text(output: &Output) -> String {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).unwrap();
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_dry_run_measures_two_steps_and_leaves_nothing_behind() {
+    let dir = TempDir::new();
+    let text = text(&train(&dir.0, &["--dry-run", "--max-length", "20", "--loss-on", "all"]));
+    assert_eq!(names(&dir.0), ["train.jsonl", "valid.jsonl"]);
+    for expected in [
+        "measured 2 steps: ",
+        " s/step, ",
+        " tokens/s, ",
+        " for 6 steps",
+        "memory peak ",
+        "an epoch: 10 examples, 200 tokens, 190 of them trained; 10 examples are cut and lose ",
+        "dry run: nothing is written to out",
+    ] {
+        assert!(text.contains(expected), "{expected:?} is missing in\n{text}");
+    }
+}
+
+#[test]
+fn a_real_run_gives_its_forecast_after_two_steps() {
+    let dir = TempDir::new();
+    let text = text(&train(&dir.0, &[]));
+    assert!(text.contains("measured 2 steps: ") && text.contains(" for 6 steps"), "{text}");
+}
+
+#[test]
+fn a_memory_budget_chooses_the_micro_batch_or_is_refused_with_numbers() {
+    let dir = TempDir::new();
+    let roomy = text(&train(&dir.0, &["--dry-run", "--memory", "2GiB"]));
+    assert!(roomy.contains("memory: micro_batch_tokens 8192 takes about "), "{roomy}");
+    assert!(roomy.contains(" of 2.0 GiB"), "{roomy}");
+    let output = train(&dir.0, &["--memory", "1MiB"]);
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success());
+    assert!(
+        error.contains("the run does not fit into 1.0 MiB: with one sequence at a time"),
+        "{error}"
+    );
+    assert_eq!(names(&dir.0), ["train.jsonl", "valid.jsonl"]);
+}
+
+#[test]
+fn the_estimate_of_memory_is_within_a_quarter_of_what_is_measured() {
+    let dir = TempDir::new();
+    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("models");
+    let rows = fs::read_to_string(models.join("recipe-assistant/train.jsonl")).unwrap();
+    // Rows of one length: the first steps are as large as any.
+    let rows = vec![rows.lines().next().unwrap(); 64];
+    fs::write(dir.join("rows.jsonl"), rows.join("\n")).unwrap();
+    for arguments in [
+        &["--memory", "8GiB"][..],
+        &["--memory", "150MiB"],
+        &["--memory", "8GiB", "--targets", "q_proj,v_proj"],
+        &["--memory", "8GiB", "--method", "full"],
+    ] {
+        let output = Command::new(env!("CARGO_BIN_EXE_tunesmith"))
+            .current_dir(&dir.0)
+            .args(["train", "--data", "rows.jsonl", "--output", "out", "--dry-run", "--model"])
+            .arg(models.join("tiny-kitchen"))
+            .args(["--threads", "1", "--batch-size", "20"])
+            .args(arguments)
+            .output()
+            .unwrap();
+        let text = text(&output);
+        let after = |words: &str| -> f64 {
+            let rest = text.split(words).nth(1).unwrap_or_else(|| panic!("{words:?} in\n{text}"));
+            rest.split_whitespace().next().unwrap().parse().unwrap()
+        };
+        let (estimate, measured) = (after(" takes about "), after("memory peak "));
+        let ratio = estimate / measured;
+        assert!((0.75..=1.25).contains(&ratio), "{estimate} MiB and {measured} MiB: {text}");
+    }
+}
+
+#[test]
+fn a_published_adapter_has_a_report_and_answers_that_it_gave() {
+    let dir = TempDir::new();
+    let said =
+        text(&train(&dir.0, &["--samples", "2", "--eval-generate", "2", "--eval-every", "3"]));
+    assert!(said.contains("serving says what training says: log-probabilities of "), "{said}");
+    assert!(said.contains("step 3: 2 answers, exact match "), "{said}");
+    let out = dir.join("out");
+    let page = fs::read_to_string(out.join("report.html")).unwrap();
+    for expected in [
+        "<svg ",
+        "<h2>Answers before and after, to validation rows</h2>",
+        "<td>say 11</td><td>11 &lt;b&gt;11&lt;/b&gt;</td>",
+        "<td>train</td><td>train.jsonl</td><td>10</td>",
+        "<td>batch_size</td><td>4</td>",
+        "differ by at most ",
+    ] {
+        assert!(page.contains(expected), "{expected:?} is missing in\n{page}");
+    }
+    assert!(!page.contains("http://") || page.contains("http://www.w3.org"), "nothing is loaded");
+    let card: Value =
+        serde_json::from_slice(&fs::read(out.join("tunesmith_card.json")).unwrap()).unwrap();
+    let examination = &card["configuration"]["examination"];
+    assert!(examination["parity"]["max_difference"].as_f64().unwrap() <= 1e-3, "{examination}");
+    assert!(examination["parity"]["num_tokens"].as_u64().unwrap() > 8, "{examination}");
+    let golden = examination["golden"].as_array().unwrap();
+    assert_eq!((golden.len(), &golden[0]["prompt"]), (2, &json!("say 10")));
+    let events = fs::read_to_string(out.join("events.jsonl")).unwrap();
+    let events: Vec<Value> =
+        events.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let of = |name: &str| events.iter().filter(|event| event["event"] == name).collect::<Vec<_>>();
+    assert_eq!(of("parity").len(), 1);
+    let generated = of("generated");
+    assert_eq!((generated.len(), &generated[0]["num_rows"]), (2, &json!(2)), "{events:?}");
+}
+
+#[test]
+fn examinations_change_no_bit_of_the_adapter() {
+    let digest = |arguments: &[&str]| {
+        let dir = TempDir::new();
+        let said = text(&train(&dir.0, arguments));
+        said.lines().find(|line| line.starts_with("digest ")).unwrap().to_owned()
+    };
+    let plain = digest(&["--samples", "0"]);
+    let often = ["--eval-generate", "1", "--eval-every", "1", "--parity-examples", "3"];
+    assert_eq!(plain, digest(&often));
+}

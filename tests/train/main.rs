@@ -1,0 +1,21 @@
+//! The trainer: numbers, memory, faults, kills.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod batches;
+mod choice;
+mod dialects;
+mod faults;
+mod forecast;
+mod gradients;
+mod kill;
+mod memory;
+mod numbers;
+mod parity;
+mod run;
+mod service;
+mod sweep;
+mod trl;
+mod watch;
