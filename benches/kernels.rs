@@ -16,21 +16,25 @@ const WINDOW: Duration = Duration::from_millis(150);
 /// Input and output features: Qwen2.5-0.5B's projections and head, then SmolLM2-135M's.
 const SHAPES: [(usize, usize); 7] =
     [(896, 4864), (4864, 896), (896, 896), (896, 151_936), (576, 1536), (1536, 576), (576, 49_152)];
+const FORMS: [WeightForm; 5] =
+    [WeightForm::F32, WeightForm::Bf16, WeightForm::Bf16Dot, WeightForm::Int8, WeightForm::Int4];
 const ROWS: [usize; 6] = [1, 4, 8, 16, 64, 512];
 
 fn main() {
     let filter = std::env::args().skip(1).find(|arg| !arg.starts_with("--")).unwrap_or_default();
     let limits = Roofline::measure();
     println!(
-        "{} kernels, {} threads; reads {:.1} GB/s, multiplies and adds {:.0} GFLOP/s, {:.0} Gop/s in 8 bits",
+        "{} kernels, {} threads; reads {:.1} GB/s, multiplies and adds {:.0} GFLOP/s, {:.0} in bf16, \
+         {:.0} Gop/s in 8 bits",
         best().name,
         rayon::current_num_threads(),
         limits.bytes_per_second / 1e9,
         limits.f32_per_second / 1e9,
+        limits.bf16_per_second / 1e9,
         limits.int8_per_second / 1e9,
     );
     for (inputs, outputs) in SHAPES {
-        for form in [WeightForm::F32, WeightForm::Bf16, WeightForm::Int8, WeightForm::Int4] {
+        for form in FORMS {
             let name = format!("{inputs}x{outputs} {form:?}");
             if name.contains(&filter) {
                 linear(&name, form, (inputs, outputs), &limits);
@@ -40,7 +44,11 @@ fn main() {
 }
 
 fn linear(name: &str, form: WeightForm, (inputs, outputs): (usize, usize), limits: &Roofline) {
-    let peak = if form.is_exact() { limits.f32_per_second } else { limits.int8_per_second };
+    let peak = match form {
+        WeightForm::F32 | WeightForm::F16 | WeightForm::Bf16 => limits.f32_per_second,
+        WeightForm::Bf16Dot => limits.bf16_per_second,
+        WeightForm::Int8 | WeightForm::Int4 => limits.int8_per_second,
+    };
     let values: Vec<f32> = (0..inputs * outputs).map(noise).collect();
     let first = PackedWeight::from_f32(form, &values, inputs);
     let bytes = first.num_bytes();

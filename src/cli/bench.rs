@@ -46,8 +46,9 @@ pub(super) struct BenchArgs {
     /// Rank of the fresh adapters
     #[arg(long, value_name = "R", default_value_t = 16)]
     rank: usize,
-    /// Hold the base in 8 bits (`int8`), its projections in 4 (`int4`), or as it is (`none`)
-    #[arg(long, value_name = "none|int8|int4", default_value = "none")]
+    /// Compute in bf16 (`bf16`), hold the base in 8 bits (`int8`), its projections in 4 (`int4`), or all as it is
+    /// (`none`)
+    #[arg(long, value_name = "none|bf16|int8|int4", default_value = "none")]
     quantize: Quantization,
     /// Hold keys and values in `f32`, `bf16` or `int8`
     #[arg(long, value_name = "f32|bf16|int8", default_value = "f32")]
@@ -111,6 +112,7 @@ pub(super) fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
             "threads": rayon::current_num_threads(),
             "bytes_per_second": limits.bytes_per_second,
             "f32_per_second": limits.f32_per_second,
+            "bf16_per_second": limits.bf16_per_second,
             "int8_per_second": limits.int8_per_second,
         },
         "prefill": prefill,
@@ -252,11 +254,13 @@ fn print(report: &Value) {
     let number = |value: &Value| value.as_f64().unwrap_or(0.0);
     let machine = &report["machine"];
     println!(
-        "{} kernels, {} threads; the machine reads {:.1} GB/s and does {:.0} GFLOP/s, {:.0} Gop/s in 8 bits",
+        "{} kernels, {} threads; the machine reads {:.1} GB/s and does {:.0} GFLOP/s, {:.0} in bf16, \
+         {:.0} Gop/s in 8 bits",
         machine["kernels"].as_str().unwrap_or_default(),
         machine["threads"],
         number(&machine["bytes_per_second"]) / 1e9,
         number(&machine["f32_per_second"]) / 1e9,
+        number(&machine["bf16_per_second"]) / 1e9,
         number(&machine["int8_per_second"]) / 1e9,
     );
     for row in report["prefill"].as_array().into_iter().flatten() {

@@ -163,6 +163,7 @@ fn weight_bytes(dir: &Path, model: &ModelConfig, quantize: Quantization) -> io::
     let int4 = |weights: usize| weights / 2 + weights / 32 * SCALE;
     match quantize {
         Quantization::None => file_bytes(dir),
+        Quantization::Bf16 => Ok(2 * num_parameters(model) as u64),
         Quantization::Int8 => Ok(int8(num_parameters(model)) as u64),
         Quantization::Int4 => {
             Ok((int4(projection_parameters(model)) + int8(table_parameters(model))) as u64)

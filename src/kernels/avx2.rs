@@ -4,8 +4,9 @@ use std::arch::x86_64::{
     __m128i, __m256, __m256i, _MM_HINT_T0, _MM_HINT_T1, _mm_add_ps, _mm_add_ss, _mm_cvtsi32_si128,
     _mm_cvtss_f32, _mm_loadu_si128, _mm_movehl_ps, _mm_packs_epi16, _mm_prefetch, _mm_shuffle_ps,
     _mm_srli_si128, _mm_storeu_si128, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256,
-    _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cvtepi8_epi32,
-    _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_cvtps_epi32, _mm256_div_ps,
+    _mm256_andnot_ps, _mm256_castps_si256, _mm256_castps256_ps128, _mm256_castsi256_ps,
+    _mm256_castsi256_si128, _mm256_cmpgt_epi32, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps,
+    _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_cvtps_epi32, _mm256_div_ps,
     _mm256_extractf128_ps, _mm256_extracti128_si256, _mm256_fmadd_ps, _mm256_loadu_ps,
     _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_max_ps, _mm256_min_ps,
     _mm256_mul_ps, _mm256_packs_epi32, _mm256_permute4x64_epi64, _mm256_round_ps, _mm256_set1_epi8,
@@ -124,18 +125,28 @@ impl Simd for Avx2 {
         (half(a.0, n.0), half(a.1, n.1))
     }
     #[inline(always)]
-    unsafe fn load_bf16_pairs(from: *const bf16) -> [V; 2] {
-        // SAFETY: thirty-two elements are readable by contract; a bf16 is the upper half of an f32.
-        unsafe {
-            let upper = _mm256_set1_epi32(0xFFFF_0000_u32.cast_signed());
-            let half = |at: *const bf16| {
-                let pairs = _mm256_loadu_si256(at.cast::<__m256i>());
-                let first = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs));
-                (first, _mm256_castsi256_ps(_mm256_and_si256(pairs, upper)))
-            };
-            let (low, high) = (half(from), half(from.add(16)));
-            [(low.0, high.0), (low.1, high.1)]
-        }
+    unsafe fn split_pairs(pairs: V) -> [V; 2] {
+        // SAFETY: lane arithmetic; a bf16 is the upper half of an f32.
+        let half = |pairs: __m256| unsafe {
+            let pairs = _mm256_castps_si256(pairs);
+            let second = _mm256_set1_epi32(0xFFFF_0000_u32.cast_signed());
+            let second = _mm256_castsi256_ps(_mm256_and_si256(pairs, second));
+            (_mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs)), second)
+        };
+        let (low, high) = (half(pairs.0), half(pairs.1));
+        [(low.0, high.0), (low.1, high.1)]
+    }
+    #[inline(always)]
+    unsafe fn flush(a: V) -> V {
+        // SAFETY: lane arithmetic; magnitudes compare as integers.
+        let half = |a: __m256| unsafe {
+            let magnitude = _mm256_set1_epi32(i32::MAX);
+            let bits = _mm256_and_si256(_mm256_castps_si256(a), magnitude);
+            let least = _mm256_set1_epi32(f32::MIN_POSITIVE.to_bits().cast_signed());
+            let taken = _mm256_and_si256(_mm256_cmpgt_epi32(least, bits), magnitude);
+            _mm256_andnot_ps(_mm256_castsi256_ps(taken), a)
+        };
+        (half(a.0), half(a.1))
     }
     #[inline(always)]
     unsafe fn splat_int(value: i32) -> Self::I {

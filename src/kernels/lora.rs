@@ -139,7 +139,7 @@ pub(super) unsafe fn shrink_sums<S: Simd>(sums: &[ShrinkSum], terms: usize) {
                     WeightForm::Bf16 => shrink_group::<S, bf16>(same, terms),
                     WeightForm::F16 => shrink_group::<S, f16>(same, terms),
                     // `add_lora` takes no others.
-                    WeightForm::F32 | WeightForm::Int8 | WeightForm::Int4 => {
+                    WeightForm::F32 | WeightForm::Bf16Dot | WeightForm::Int8 | WeightForm::Int4 => {
                         shrink_group::<S, f32>(same, terms);
                     }
                 }
@@ -211,7 +211,7 @@ pub(super) unsafe fn expand_tile<S: Simd>(tile: &ExpandTile<'_>) {
             match segment.b.form() {
                 WeightForm::Bf16 => expand_segment::<S, bf16>(tile, segment, hidden),
                 WeightForm::F16 => expand_segment::<S, f16>(tile, segment, hidden),
-                WeightForm::F32 | WeightForm::Int8 | WeightForm::Int4 => {
+                WeightForm::F32 | WeightForm::Bf16Dot | WeightForm::Int8 | WeightForm::Int4 => {
                     expand_segment::<S, f32>(tile, segment, hidden);
                 }
             }

@@ -18,6 +18,7 @@ mod attention;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod bf16_rows;
 mod gemm;
 mod heap;
 mod lora;

@@ -7,18 +7,18 @@
 //! | form | one panel | bytes a weight |
 //! |---|---|---|
 //! | `F32`, `F16` | `[in][16]` | 4, 2 |
-//! | `Bf16` | `[in / 2][16][2]`: a 32-bit lane holds two terms | 2 |
+//! | `Bf16`, `Bf16Dot` | `[in / 2][16][2]`: a 32-bit lane holds two terms | 2 |
 //! | `Int8` | `[in / 4][16][4]`, each plus 128; scales `[in / 32][16]` | 1.06 |
 //! | `Int4` | `[in / 8][16][4]`, two terms a byte, each plus 8; scales alike | 0.56 |
 //!
-//! Terms are padded with zeros to whole pairs or groups, columns to whole panels.
+//! Terms are padded with zeros to whole pairs (of pairs in `Bf16Dot`) or groups, columns to whole panels.
 
 use std::ops::Range;
 
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::{pages::Lines, quantize::RoundRow, simd::LANES, table::best};
+use super::{bf16_rows::round, pages::Lines, quantize::RoundRow, simd::LANES, table::best};
 
 /// Terms that share a scale in the quantised forms.
 pub const GROUP: usize = 32;
@@ -32,6 +32,9 @@ pub enum WeightForm {
     F16,
     /// As they are, 16 bits.
     Bf16,
+    /// Rounded to bf16, 16 bits, for products whose input is rounded to bf16 as well. Subnormal weights are
+    /// held as zero, which is what the processor's dot products take them for.
+    Bf16Dot,
     /// 8 bits, a scale for each 32 terms.
     Int8,
     /// 4 bits, a scale for each 32 terms.
@@ -45,12 +48,17 @@ impl WeightForm {
         matches!(self, Self::F32 | Self::F16 | Self::Bf16)
     }
 
+    /// Whether a scale belongs to each group of weights.
+    fn has_scales(self) -> bool {
+        matches!(self, Self::Int8 | Self::Int4)
+    }
+
     /// Bytes of one weight in a file, for the exact forms.
     fn element_bytes(self) -> usize {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
-            Self::Int8 | Self::Int4 => unreachable!("files hold floating point numbers"),
+            Self::Bf16Dot | Self::Int8 | Self::Int4 => unreachable!("no form of a file"),
         }
     }
 
@@ -58,6 +66,7 @@ impl WeightForm {
         match self {
             Self::F32 => in_features.next_multiple_of(2) * LANES * 4,
             Self::F16 | Self::Bf16 => in_features.next_multiple_of(2) * LANES * 2,
+            Self::Bf16Dot => in_features.next_multiple_of(4) * LANES * 2,
             Self::Int8 => in_features.next_multiple_of(GROUP) * LANES,
             Self::Int4 => in_features.next_multiple_of(GROUP) * LANES / 2,
         }
@@ -66,7 +75,7 @@ impl WeightForm {
     /// Place of an exact weight in its panel, in elements.
     fn place(self, term: usize, lane: usize) -> usize {
         match self {
-            Self::Bf16 => (term / 2 * LANES + lane) * 2 + term % 2,
+            Self::Bf16 | Self::Bf16Dot => (term / 2 * LANES + lane) * 2 + term % 2,
             Self::F32 | Self::F16 | Self::Int8 | Self::Int4 => term * LANES + lane,
         }
     }
@@ -81,7 +90,7 @@ pub struct PackedWeight {
     pub(super) out_features: usize,
     pub(super) in_features: usize,
     pub(super) data: Lines,
-    /// bf16, `[panels][groups][16]`; empty for the exact forms.
+    /// bf16, `[panels][groups][16]`; empty for forms without.
     pub(super) scales: Lines,
 }
 
@@ -106,7 +115,8 @@ impl PackedWeight {
         );
         let panels = out_features.div_ceil(LANES);
         let panel_bytes = form.panel_bytes(in_features);
-        let scale_bytes = if form.is_exact() { 0 } else { in_features.div_ceil(GROUP) * LANES * 2 };
+        let scale_bytes =
+            if form.has_scales() { in_features.div_ceil(GROUP) * LANES * 2 } else { 0 };
         let mut data = Lines::zeroed(panels * panel_bytes);
         let mut scales = Lines::zeroed(panels * scale_bytes);
         let row_bytes = in_features * source.element_bytes();
@@ -119,12 +129,18 @@ impl PackedWeight {
                     WeightForm::F32 => place_words::<4>(row, lane, to),
                     WeightForm::F16 => place_words::<2>(row, lane, to),
                     WeightForm::Bf16 => place_pairs(row, lane, to),
+                    WeightForm::Bf16Dot => {
+                        let rounded = widen(source, row).into_iter().map(round);
+                        let upper =
+                            rounded.flat_map(|bits| [(bits >> 16) as u8, (bits >> 24) as u8]);
+                        place_pairs(&upper.collect::<Vec<u8>>(), lane, to);
+                    }
                     WeightForm::Int8 | WeightForm::Int4 => {
                         quantize_row(form, widen(source, row), lane, to, scales);
                     }
                 }
             }
-            if form == WeightForm::Int8 || form == WeightForm::Int4 {
+            if form.has_scales() {
                 pad_lanes(form, in_features, rows.len() / row_bytes.max(1), to);
             }
             Ok(())
@@ -157,7 +173,7 @@ impl PackedWeight {
                 match source {
                     WeightForm::F16 => to.copy_from_slice(&f16::from_f32(*value).to_le_bytes()),
                     WeightForm::Bf16 => to.copy_from_slice(&bf16::from_f32(*value).to_le_bytes()),
-                    WeightForm::F32 | WeightForm::Int8 | WeightForm::Int4 => {
+                    WeightForm::F32 | WeightForm::Bf16Dot | WeightForm::Int8 | WeightForm::Int4 => {
                         to.copy_from_slice(&value.to_le_bytes());
                     }
                 }
@@ -227,7 +243,7 @@ impl PackedWeight {
                 f32::from_le_bytes([0, 1, 2, 3].map(|byte| panel_data[at * 4 + byte]))
             }
             WeightForm::F16 => f16::from_le_bytes(two(at)).to_f32(),
-            WeightForm::Bf16 => bf16::from_le_bytes(two(at)).to_f32(),
+            WeightForm::Bf16 | WeightForm::Bf16Dot => bf16::from_le_bytes(two(at)).to_f32(),
             WeightForm::Int8 => {
                 let byte = panel_data[(term / 4 * LANES + lane) * 4 + term % 4];
                 self.scale(panel, term / GROUP, lane) * (f32::from(byte) - 128.0)
@@ -289,7 +305,7 @@ impl PackedWeight {
                 match self.source {
                     WeightForm::F16 => to.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
                     WeightForm::Bf16 => to.copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
-                    WeightForm::F32 | WeightForm::Int8 | WeightForm::Int4 => {
+                    WeightForm::F32 | WeightForm::Bf16Dot | WeightForm::Int8 | WeightForm::Int4 => {
                         to.copy_from_slice(&value.to_le_bytes());
                     }
                 }
@@ -324,7 +340,7 @@ fn widen(source: WeightForm, row: &[u8]) -> Vec<f32> {
     match source {
         WeightForm::F16 => pairs().map(|pair| f16::from_le_bytes(pair).to_f32()).collect(),
         WeightForm::Bf16 => pairs().map(|pair| bf16::from_le_bytes(pair).to_f32()).collect(),
-        WeightForm::F32 | WeightForm::Int8 | WeightForm::Int4 => row
+        WeightForm::F32 | WeightForm::Bf16Dot | WeightForm::Int8 | WeightForm::Int4 => row
             .chunks_exact(4)
             .map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]]))
             .collect(),

@@ -88,10 +88,29 @@ impl Simd for Portable {
         map2(a, n, |a, n| a * f32::from_bits(((n as i32 + 127) << 23).cast_unsigned()))
     }
     #[inline(always)]
-    unsafe fn load_bf16_pairs(from: *const bf16) -> [V; 2] {
-        // SAFETY: thirty-two elements are readable by the trait's contract.
-        let pairs = unsafe { from.cast::<[[bf16; 2]; LANES]>().read_unaligned() };
-        [pairs.map(|pair| pair[0].to_f32()), pairs.map(|pair| pair[1].to_f32())]
+    unsafe fn split_pairs(pairs: V) -> [V; 2] {
+        let second = pairs.map(|pair| f32::from_bits(pair.to_bits() & 0xFFFF_0000));
+        [pairs.map(|pair| f32::from_bits(pair.to_bits() << 16)), second]
+    }
+    #[inline(always)]
+    unsafe fn flush(a: V) -> V {
+        a.map(|lane| if lane.is_subnormal() { 0.0_f32.copysign(lane) } else { lane })
+    }
+    /// By way of f64, which rounds as a fused multiply-add does: it holds a product of bf16 exactly, and
+    /// a sum that it does not hold is the greater part in f32.
+    #[inline(always)]
+    unsafe fn dot_bf16(x: V, w: V, sum: V) -> V {
+        #[allow(clippy::cast_possible_truncation, reason = "rounded to f32")]
+        let fused = |x: V, w: V, sum: V| -> V {
+            std::array::from_fn(|lane| {
+                (f64::from(x[lane]) * f64::from(w[lane]) + f64::from(sum[lane])) as f32
+            })
+        };
+        // SAFETY: nothing but arithmetic.
+        unsafe {
+            let ([x0, x1], [w0, w1]) = (Self::split_pairs(x), Self::split_pairs(w));
+            Self::flush(fused(x0, w0, Self::flush(fused(x1, w1, sum))))
+        }
     }
     #[inline(always)]
     unsafe fn splat_int(value: i32) -> [i32; LANES] {

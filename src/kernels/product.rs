@@ -3,12 +3,16 @@
 //! Each output element is summed over the terms in blocks of [`SUM_BLOCK`]: one chain of multiply-adds
 //! from the first term of a block to its last, then one addition of the block's sum. That order is the
 //! same for every number of rows, register tile and thread; threads share out rows and columns only.
+//!
+//! Where rows are rounded to bf16 ([`WeightForm::Bf16Dot`]), two terms count as one: an instruction adds both
+//! products, the second term's first.
 #![allow(clippy::needless_range_loop, reason = "register tiles are indexed in both directions")]
 
 use std::ops::Range;
 
 use super::{
     Kernels,
+    bf16_rows::with_bf16_rows,
     panels::{PackedWeight, WeightForm},
     quant_product,
     row_tiles::{RowTiles, tile_height, with_row_tiles},
@@ -23,7 +27,8 @@ const PREFETCH_BYTES: usize = 1024;
 
 impl PackedWeight {
     /// `out = x W^T + bias`: `x [rows, in]`, `bias [out]`, `out [rows, out]`. With an int8 or int4
-    /// weight, the rows of `x` are rounded to 8 bits too, each group of 32 by a scale of its own.
+    /// weight, the rows of `x` are rounded to 8 bits too, each group of 32 by a scale of its own; with
+    /// [`WeightForm::Bf16Dot`], to bf16.
     ///
     /// # Panics
     /// Where the lengths do not fit each other.
@@ -45,9 +50,29 @@ impl PackedWeight {
             }
             return;
         }
-        if !self.form().is_exact() {
-            return quant_product::linear(self, kernels, x, bias, out);
+        match self.form() {
+            WeightForm::Int8 | WeightForm::Int4 => {
+                quant_product::linear(self, kernels, x, bias, out);
+            }
+            WeightForm::F32 | WeightForm::F16 | WeightForm::Bf16 => {
+                self.add_up(kernels, (x, terms), bias, out);
+            }
+            WeightForm::Bf16Dot => with_bf16_rows(kernels, x, terms, |pairs| {
+                self.add_up(kernels, (pairs, terms.div_ceil(2)), bias, out);
+            }),
         }
+    }
+
+    /// The product over panels of so many terms, of which `x` has a number each.
+    fn add_up(
+        &self,
+        kernels: &Kernels,
+        (x, terms): (&[f32], usize),
+        bias: Option<&[f32]>,
+        out: &mut [f32],
+    ) {
+        let columns = self.shape()[0];
+        let rows = out.len() / columns;
         let shared = Shared(out.as_mut_ptr());
         with_row_tiles(kernels, x, (terms, columns), |x| {
             for_each_tile(rows, columns, terms, kernels.row_tile, |rows, panels| {
@@ -65,7 +90,7 @@ impl PackedWeight {
                     first_panel: 0,
                     accumulate: false,
                 };
-                // SAFETY: the lengths were checked above, tasks write disjoint rectangles.
+                // SAFETY: `linear` checked the lengths, tasks write disjoint rectangles.
                 unsafe { tile.run(kernels, self.form()) };
             });
         });
@@ -104,6 +129,7 @@ impl PanelTile {
                 WeightForm::F32 => (kernels.panels_f32)(self),
                 WeightForm::F16 => (kernels.panels_f16)(self),
                 WeightForm::Bf16 => (kernels.panels_bf16)(self),
+                WeightForm::Bf16Dot => (kernels.panels_bf16_dot)(self),
                 WeightForm::Int8 | WeightForm::Int4 => unreachable!("a product of its own"),
             }
         }
@@ -137,8 +163,8 @@ pub(super) unsafe fn panel_tile<
             return;
         }
         // A block of some panels stays in the first-level cache while the row tiles pass by.
-        for start in (0..tile.terms).step_by(SUM_BLOCK) {
-            let terms = start..(start + SUM_BLOCK).min(tile.terms);
+        for start in (0..tile.terms).step_by(W::SUM_BLOCK) {
+            let terms = start..(start + W::SUM_BLOCK).min(tile.terms);
             let mut panel = tile.panels.start;
             while panel < tile.panels.end {
                 let wide = panel + NV <= tile.panels.end;
@@ -146,7 +172,7 @@ pub(super) unsafe fn panel_tile<
                 let next_block = if next < tile.panels.end {
                     (next, start)
                 } else {
-                    (tile.panels.start, start + SUM_BLOCK)
+                    (tile.panels.start, start + W::SUM_BLOCK)
                 };
                 for row in tile.rows.clone().step_by(MANY) {
                     let step = Step {
@@ -178,8 +204,8 @@ unsafe fn few_rows<S: Simd, W: Weight, const FEW: usize, const NV: usize>(tile: 
     while panel < tile.panels.end {
         let wide = panel + NV <= tile.panels.end;
         let next = panel + if wide { NV } else { 1 };
-        for start in (0..tile.terms).step_by(SUM_BLOCK) {
-            let terms = start..(start + SUM_BLOCK).min(tile.terms);
+        for start in (0..tile.terms).step_by(W::SUM_BLOCK) {
+            let terms = start..(start + W::SUM_BLOCK).min(tile.terms);
             let next_block = if terms.end < tile.terms { (panel, terms.end) } else { (next, 0) };
             for row in tile.rows.clone().step_by(FEW) {
                 let ahead = if tile.rows.len() <= FEW {
@@ -229,12 +255,16 @@ impl Ahead {
 
 impl PanelTile {
     /// The share of the row tile that `row` begins in asking for the block of `panel` and `term`.
-    fn ahead<W>(&self, (panel, term): (usize, usize), (row, height): (usize, usize)) -> Ahead {
+    fn ahead<W: Weight>(
+        &self,
+        (panel, term): (usize, usize),
+        (row, height): (usize, usize),
+    ) -> Ahead {
         let shares = self.rows.len().div_ceil(height);
         let share = (row - self.rows.start) / height;
         let pair = 2 * LANES * size_of::<W>();
         let step = pair / shares;
-        let start = term * LANES * size_of::<W>() + share * step * (SUM_BLOCK / 2);
+        let start = term * LANES * size_of::<W>() + share * step * (W::SUM_BLOCK / 2);
         // Only asked for: it may lie outside.
         let at = (panel - self.first_panel) * self.panel_bytes + start;
         Ahead { from: self.weight.wrapping_add(at), step }
@@ -299,7 +329,7 @@ unsafe fn registers<S: Simd, W: Weight, const MR: usize, const NV: usize, const 
                 for i in 0..MR {
                     let factor = S::splat(*x.add((at + term) * step + strides[i]));
                     for v in 0..NV {
-                        sums[i][v] = S::fma(factor, w[v][term], sums[i][v]);
+                        sums[i][v] = W::multiply_add::<S>(factor, w[v][term], sums[i][v]);
                     }
                 }
             }
@@ -311,7 +341,7 @@ unsafe fn registers<S: Simd, W: Weight, const MR: usize, const NV: usize, const 
                 let [w, _] = W::load_pair::<S>(from.cast::<W>());
                 for i in 0..MR {
                     let factor = S::splat(*x.add(at * step + strides[i]));
-                    sums[i][v] = S::fma(factor, w, sums[i][v]);
+                    sums[i][v] = W::multiply_add::<S>(factor, w, sums[i][v]);
                 }
             }
         }

@@ -24,8 +24,10 @@ pub(super) trait Simd: Copy + 'static {
     unsafe fn load_bf16(from: *const bf16) -> Self::V;
     unsafe fn load_f16(from: *const f16) -> Self::V;
     unsafe fn load_int8(from: *const i8) -> Self::V;
-    /// Sixteen pairs: the first of each, and the second of each.
-    unsafe fn load_bf16_pairs(from: *const bf16) -> [Self::V; 2];
+    /// Sixteen pairs of bf16 in the bits of sixteen lanes: the first of each, and the second of each.
+    unsafe fn split_pairs(pairs: Self::V) -> [Self::V; 2];
+    /// Subnormal lanes become zeros of their sign.
+    unsafe fn flush(a: Self::V) -> Self::V;
     unsafe fn store(to: *mut f32, value: Self::V);
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
@@ -52,6 +54,19 @@ pub(super) trait Simd: Copy + 'static {
     unsafe fn dot(sum: Self::I, bytes: Self::B, four: i32) -> Self::I;
     /// The lanes, integral and in -128..=127, as sixteen bytes.
     unsafe fn store_int8(to: *mut i8, value: Self::V);
+
+    /// Adds to each lane of `sum` the products of two pairs of bf16, as the instruction `vdpbf16ps`
+    /// does: the second terms' first, each rounded once to the nearest f32, subnormal sums to zero.
+    /// No bf16 may be subnormal.
+    #[inline(always)]
+    unsafe fn dot_bf16(x: Self::V, w: Self::V, sum: Self::V) -> Self::V {
+        // SAFETY: lane arithmetic on the CPU's features by the trait's contract.
+        unsafe {
+            let ([x0, x1], [w0, w1]) = (Self::split_pairs(x), Self::split_pairs(w));
+            let second = Self::flush(Self::fma(x1, w1, sum));
+            Self::flush(Self::fma(x0, w0, second))
+        }
+    }
 
     /// Asks for a cache line; any address will do.
     #[inline(always)]
@@ -104,11 +119,24 @@ pub(super) trait Simd: Copy + 'static {
     }
 }
 
-/// A storage type of weights: how two successive terms of sixteen columns come out of a panel.
+/// A storage type of weights: how two successive terms of sixteen columns come out of a panel, and how
+/// a term is multiplied.
 pub(super) trait Weight: Copy + 'static {
+    /// Terms of one chain of additions.
+    const SUM_BLOCK: usize = super::product::SUM_BLOCK;
     /// # Safety
     /// `from` is valid for 32 elements; the CPU has the features of `S`.
     unsafe fn load_pair<S: Simd>(from: *const Self) -> [S::V; 2];
+
+    /// `x * w + sum`.
+    ///
+    /// # Safety
+    /// The CPU has the features of `S`.
+    #[inline(always)]
+    unsafe fn multiply_add<S: Simd>(x: S::V, w: S::V, sum: S::V) -> S::V {
+        // SAFETY: by contract.
+        unsafe { S::fma(x, w, sum) }
+    }
 }
 
 impl Weight for f32 {
@@ -131,7 +159,27 @@ impl Weight for bf16 {
     #[inline(always)]
     unsafe fn load_pair<S: Simd>(from: *const Self) -> [S::V; 2] {
         // SAFETY: by contract.
-        unsafe { S::load_bf16_pairs(from) }
+        unsafe { S::split_pairs(S::load(from.cast())) }
+    }
+}
+
+/// Two bf16 that count as one term: a factor of it is a pair, too, in the bits of an f32.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(super) struct Bf16Pair(u32);
+
+impl Weight for Bf16Pair {
+    /// As many bytes as 512 terms of one bf16 each: two panels stay in the first-level cache.
+    const SUM_BLOCK: usize = 256;
+    #[inline(always)]
+    unsafe fn load_pair<S: Simd>(from: *const Self) -> [S::V; 2] {
+        // SAFETY: by contract.
+        unsafe { [S::load(from.cast()), S::load(from.add(LANES).cast())] }
+    }
+    #[inline(always)]
+    unsafe fn multiply_add<S: Simd>(x: S::V, w: S::V, sum: S::V) -> S::V {
+        // SAFETY: by contract.
+        unsafe { S::dot_bf16(x, w, sum) }
     }
 }
 

@@ -22,8 +22,10 @@ pub struct Kernels {
     pub(super) panels_f32: unsafe fn(&product::PanelTile),
     pub(super) panels_f16: unsafe fn(&product::PanelTile),
     pub(super) panels_bf16: unsafe fn(&product::PanelTile),
+    pub(super) panels_bf16_dot: unsafe fn(&product::PanelTile),
     pub(super) panels_int8: unsafe fn(&quant_product::QuantTile),
     pub(super) panels_int4: unsafe fn(&quant_product::QuantTile),
+    pub(super) pair_row: unsafe fn(&[f32], &mut [f32]),
     pub(super) quantize: unsafe fn(&quant_rows::QuantizeRows<'_>),
     pub(super) round_int8: unsafe fn(quantize::RoundRow<'_>),
     pub(super) round_int4: unsafe fn(quantize::RoundRow<'_>),
@@ -55,6 +57,7 @@ macro_rules! kernels_for {
      ($quant_many:literal, $quant_nv:literal), #[$attribute:meta]) => {
         type F16 = half::f16;
         type Bf16 = half::bf16;
+        use super::simd::Bf16Pair;
         kernels_for!(#[$attribute],
             tile_rows(job: super::row_tiles::TileRows<'_>) -> () = row_tiles::tile_rows::<$simd>;
             panels_f32(tile: &super::product::PanelTile) -> ()
@@ -63,6 +66,9 @@ macro_rules! kernels_for {
                 = product::panel_tile::<$simd, F16, $group, $many, $wide, $nv>;
             panels_bf16(tile: &super::product::PanelTile) -> ()
                 = product::panel_tile::<$simd, Bf16, $group, $many, $wide, $nv>;
+            panels_bf16_dot(tile: &super::product::PanelTile) -> ()
+                = product::panel_tile::<$simd, Bf16Pair, $group, $many, $wide, $nv>;
+            pair_row(x: &[f32], to: &mut [f32]) -> () = bf16_rows::pair_row::<$simd>;
             panels_int8(tile: &super::quant_product::QuantTile) -> ()
                 = quant_product::quant_tile::<$simd, 8, $quant_many, $wide, $quant_nv>;
             panels_int4(tile: &super::quant_product::QuantTile) -> ()
@@ -111,6 +117,8 @@ macro_rules! kernels_for {
             panels_f32,
             panels_f16,
             panels_bf16,
+            panels_bf16_dot,
+            pair_row,
             panels_int8,
             panels_int4,
             quantize,
@@ -175,6 +183,9 @@ pub fn all() -> Vec<&'static Kernels> {
                 && is_x86_feature_detected!("avx512vnni")
             {
                 tables.push(&super::avx512::KERNELS);
+                if is_x86_feature_detected!("avx512bf16") {
+                    tables.push(&super::avx512::KERNELS_BF16);
+                }
             }
         }
     }

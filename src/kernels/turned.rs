@@ -231,7 +231,7 @@ unsafe fn packed_rows<S: Simd>(
         match weight.form() {
             WeightForm::F32 => pairs::<S, f32>(panel, term, count),
             WeightForm::F16 => pairs::<S, f16>(panel, term, count),
-            WeightForm::Bf16 => pairs::<S, bf16>(panel, term, count),
+            WeightForm::Bf16 | WeightForm::Bf16Dot => pairs::<S, bf16>(panel, term, count),
             WeightForm::Int8 => {
                 let panel = panel.as_ptr().add(term * LANES);
                 let lines = [

@@ -27,6 +27,8 @@ use crate::publish::Sha256Stream;
 pub enum WeightMode {
     /// Matrices in the file's dtype; no gradient is ever computed for them.
     Frozen,
+    /// As frozen, but matrices are rounded to bf16, and so are the inputs of their products.
+    Bf16,
     /// As frozen, but matrices are rounded to 8 bits.
     Int8,
     /// As frozen, but projections are rounded to 4 bits, embedding and head to 8.
@@ -42,6 +44,8 @@ pub enum Quantization {
     /// In the file's dtype.
     #[default]
     None,
+    /// In bf16, and so are the inputs of their products.
+    Bf16,
     /// In 8 bits.
     Int8,
     /// Projections in 4 bits, embedding and head in 8.
@@ -52,6 +56,7 @@ impl From<Quantization> for WeightMode {
     fn from(quantization: Quantization) -> Self {
         match quantization {
             Quantization::None => Self::Frozen,
+            Quantization::Bf16 => Self::Bf16,
             Quantization::Int8 => Self::Int8,
             Quantization::Int4 => Self::Int4,
         }
@@ -64,9 +69,10 @@ impl FromStr for Quantization {
     fn from_str(name: &str) -> Result<Self, String> {
         match name {
             "none" => Ok(Self::None),
+            "bf16" => Ok(Self::Bf16),
             "int8" => Ok(Self::Int8),
             "int4" => Ok(Self::Int4),
-            other => Err(format!("{other:?} is not none, int8 or int4")),
+            other => Err(format!("{other:?} is not none, bf16, int8 or int4")),
         }
     }
 }
@@ -98,7 +104,7 @@ impl Decoder {
         let config = ModelConfig::from_dir(dir)?;
         let folder = SafetensorsFolder::open(dir)?;
         // An adapter belongs to the weights as they were, which are read once more where that is asked.
-        let is_rounded = matches!(mode, WeightMode::Int8 | WeightMode::Int4);
+        let is_rounded = matches!(mode, WeightMode::Bf16 | WeightMode::Int8 | WeightMode::Int4);
         let originals = if is_rounded { Some(folder.clone()) } else { None };
         Ok(Self { originals, ..Self::build(config, mode, Source::Folder(folder))? })
     }

@@ -15,6 +15,8 @@ const BYTES_AT_ONCE: usize = 8 << 20;
 pub enum Precision {
     /// As in the file.
     Exact,
+    /// In bf16, and so the inputs of their products.
+    Bf16,
     /// 8 bits and a scale for each 32 weights.
     Int8,
     /// 4 bits and a scale for each 32 weights.
@@ -51,6 +53,7 @@ impl Weight {
         let source = form(dtype)?;
         let form = match precision {
             Precision::Exact => source,
+            Precision::Bf16 => WeightForm::Bf16Dot,
             Precision::Int8 => WeightForm::Int8,
             Precision::Int4 => WeightForm::Int4,
         };
@@ -90,7 +93,9 @@ impl Weight {
             Self::Packed(packed) => match packed.source() {
                 WeightForm::F16 => DType::F16,
                 WeightForm::Bf16 => DType::BF16,
-                WeightForm::F32 | WeightForm::Int8 | WeightForm::Int4 => DType::F32,
+                WeightForm::F32 | WeightForm::Bf16Dot | WeightForm::Int8 | WeightForm::Int4 => {
+                    DType::F32
+                }
             },
         }
     }

@@ -31,8 +31,14 @@ fn difference(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).fold(0.0_f32, |max, (a, b)| max.max((a - b).abs())) / scale
 }
 
-const FORMS: [WeightForm; 5] =
-    [WeightForm::F32, WeightForm::F16, WeightForm::Bf16, WeightForm::Int8, WeightForm::Int4];
+const FORMS: [WeightForm; 6] = [
+    WeightForm::F32,
+    WeightForm::F16,
+    WeightForm::Bf16,
+    WeightForm::Bf16Dot,
+    WeightForm::Int8,
+    WeightForm::Int4,
+];
 
 fn linear(kernels: &Kernels, x: &[f32], weight: &PackedWeight, bias: &[f32]) -> Vec<f32> {
     let [n, k] = weight.shape();
@@ -213,7 +219,8 @@ proptest! {
             let bytes: Vec<u8> = match form {
                 WeightForm::F16 => w.iter().flat_map(|w| f16::from_f32(*w).to_le_bytes()).collect(),
                 WeightForm::Bf16 => w.iter().flat_map(|w| bf16::from_f32(*w).to_le_bytes()).collect(),
-                WeightForm::F32 | WeightForm::Int8 | WeightForm::Int4 => {
+                WeightForm::F32
+ | WeightForm::Bf16Dot | WeightForm::Int8 | WeightForm::Int4 => {
                     w.iter().flat_map(|w| w.to_le_bytes()).collect()
                 }
             };
@@ -222,8 +229,13 @@ proptest! {
                 continue;
             }
             // Half a step of the greatest magnitude of a group: of 127 steps, or of 8; a scale chosen
-            // for the least squared error may cut the greatest off by up to an eighth of it.
-            let share = if form == WeightForm::Int8 { 0.5 / 126.0 } else { 0.16 };
+            // for the least squared error may cut the greatest off by up to an eighth of it. Of bf16, half a
+            // unit in the eighth bit.
+            let share = match form {
+                WeightForm::Bf16Dot => 1.0 / 256.0,
+                WeightForm::Int8 => 0.5 / 126.0,
+                _ => 0.16,
+            };
             for (held, row) in rows_of(&weight).chunks(k).zip(w.chunks(k)) {
                 for (held, group) in held.chunks(GROUP).zip(row.chunks(GROUP)) {
                     let greatest = group.iter().fold(0.0_f32, |max, w| max.max(w.abs()));

@@ -10,8 +10,12 @@ use crate::ops::profile::{Op, OpTotal};
 
 /// What an operation with these totals takes at least: its bytes have to be read, its operations done.
 fn least_seconds(op: Op, total: &OpTotal, limits: &Roofline, quantize: Quantization) -> f64 {
-    let is_rounded = match op {
-        Op::Qkv | Op::Output | Op::GateUp | Op::Down | Op::Head => quantize != Quantization::None,
+    let per_second = match op {
+        Op::Qkv | Op::Output | Op::GateUp | Op::Down | Op::Head => match quantize {
+            Quantization::None => limits.f32_per_second,
+            Quantization::Bf16 => limits.bf16_per_second,
+            Quantization::Int8 | Quantization::Int4 => limits.int8_per_second,
+        },
         Op::Embedding
         | Op::Norm
         | Op::Rope
@@ -21,9 +25,8 @@ fn least_seconds(op: Op, total: &OpTotal, limits: &Roofline, quantize: Quantizat
         | Op::Lora
         | Op::Sampling
         | Op::Scheduling
-        | Op::Step => false,
+        | Op::Step => limits.f32_per_second,
     };
-    let per_second = if is_rounded { limits.int8_per_second } else { limits.f32_per_second };
     let reading = total.bytes as f64 / limits.bytes_per_second;
     reading.max(total.operations as f64 / per_second)
 }
@@ -130,8 +133,12 @@ mod tests {
             (Op::Lora, total(0, 0, 0)),
             (Op::Step, total(1000, 0, 0)),
         ];
-        let limits =
-            Roofline { bytes_per_second: 25e9, f32_per_second: 400e9, int8_per_second: 1000e9 };
+        let limits = Roofline {
+            bytes_per_second: 25e9,
+            f32_per_second: 400e9,
+            bf16_per_second: 800e9,
+            int8_per_second: 1000e9,
+        };
         let exact = report("decode", &totals, &limits, Quantization::None);
         let row = |report: &Value, name: &str| {
             let rows = report["operations"].as_array().unwrap();
@@ -144,6 +151,8 @@ mod tests {
         assert_eq!(exact["operations"][0]["operation"], "head");
         let rounded = report("decode", &totals, &limits, Quantization::Int8);
         assert_eq!(row(&rounded, "head")["limit"], 0.2);
+        let in_bf16 = report("decode", &totals, &limits, Quantization::Bf16);
+        assert_eq!(row(&in_bf16, "head")["limit"], 0.25);
         let text = table(&exact);
         assert!(text.contains("100.00 ms a step, 10 steps"), "{text}");
         assert!(text.contains("the machine's limit is 45 % of it"), "{text}");

@@ -45,6 +45,7 @@ impl Parameters {
     ) -> Result<Weight, ModelError> {
         let precision = match self.mode {
             WeightMode::Trainable | WeightMode::Frozen => Precision::Exact,
+            WeightMode::Bf16 => Precision::Bf16,
             WeightMode::Int8 => Precision::Int8,
             WeightMode::Int4 => Precision::Int4,
         };
@@ -60,6 +61,7 @@ impl Parameters {
     ) -> Result<Weight, ModelError> {
         let precision = match self.mode {
             WeightMode::Trainable | WeightMode::Frozen => Precision::Exact,
+            WeightMode::Bf16 => Precision::Bf16,
             WeightMode::Int8 | WeightMode::Int4 => Precision::Int8,
         };
         self.weight(name, shape, precision)
