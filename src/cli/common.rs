@@ -6,8 +6,12 @@ use anyhow::{Context, bail};
 
 use super::pull::PullDisplay;
 use crate::hub;
+use crate::kernels::Roofline;
 use crate::model::{Decoder, ModelConfig, WeightMode};
 use crate::text::{ChatTemplate, Tokenizer};
+
+/// A smaller gain of bf16 over f32 is hardly worth its rounding.
+const LEAST_GAIN: f64 = 1.2;
 
 /// A model folder's parts, loaded.
 pub(super) struct LoadedModel {
@@ -41,9 +45,28 @@ pub(super) fn resolve_model(model: &str) -> anyhow::Result<PathBuf> {
     Ok(resolved?)
 }
 
+/// Warns where `--quantize bf16` rounds without being faster.
+fn tell_bf16_gain() {
+    match Roofline::bf16_gain() {
+        None => tracing::warn!(
+            "--quantize bf16: this processor has no dot products of bf16; they are made of f32 ones, \
+             and are slower than without the flag"
+        ),
+        Some(gain) if gain < LEAST_GAIN => tracing::warn!(
+            "--quantize bf16: this processor multiplies bf16 only {gain:.1} times as fast as f32"
+        ),
+        Some(gain) => {
+            tracing::info!("this processor multiplies bf16 {gain:.1} times as fast as f32");
+        }
+    }
+}
+
 /// Loads decoder, tokenizer and template of `model`.
 pub(super) fn load_model(model: &str, mode: WeightMode) -> anyhow::Result<LoadedModel> {
     let dir = resolve_model(model)?;
+    if mode == WeightMode::Bf16 {
+        tell_bf16_gain();
+    }
     let context = || format!("loading {}", dir.display());
     // Reading weights is a matter of memory, a tokenizer's vocabulary one of allocations.
     let (decoder, tokenizer) = thread::scope(|scope| {

@@ -75,8 +75,10 @@ pub(super) struct EvalArgs {
     /// Chooses the few-shot rows and seeds the bootstrap
     #[arg(long, default_value_t = 42)]
     pub(super) seed: u64,
-    /// Hold the base in 8 bits, or its projections in 4: less memory, faster, a little less exact
-    #[arg(long, value_name = "none|int8|int4", default_value = "none")]
+    /// Hold the base in 8 bits, or its projections in 4: less memory, faster, a little less exact. bf16:
+    /// round weights and the inputs of every product to bf16; prompts up to twice as fast on a processor
+    /// with bf16 dot products
+    #[arg(long, value_name = "none|bf16|int8|int4", default_value = "none")]
     pub(super) quantize: Quantization,
     /// How keys and values are held: bf16 and int8 take less memory and are a little less exact
     #[arg(long, value_name = "f32|bf16|int8", default_value = "f32")]

@@ -16,6 +16,7 @@ use super::{
 use crate::adapters::AdapterRegistry;
 use crate::engine::EngineHandle;
 use crate::text::{ChatTemplate, Tokenizer};
+use crate::train::Quantization;
 
 /// What the operator decided.
 #[derive(Debug, Clone)]
@@ -26,6 +27,8 @@ pub struct JobsConfig {
     pub base_name: String,
     /// The base model's folder.
     pub base_dir: PathBuf,
+    /// How the server holds it. Jobs train over the same, or its answers would not be the trainer's.
+    pub quantize: Quantization,
     /// Part of every new model's name.
     pub organization: String,
     /// Jobs that train at once.

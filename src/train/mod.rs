@@ -33,6 +33,7 @@ use std::{io, path::PathBuf};
 
 use base::Base;
 
+pub use crate::model::Quantization;
 pub use backward::{Gradients, clip_factor};
 pub use batches::{BatchPlan, MicroBatch, split_by_tokens};
 pub use checkpoint::{Checkpoint, newest_checkpoint, prune_checkpoints, write_checkpoint};

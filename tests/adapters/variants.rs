@@ -200,7 +200,7 @@ fn adapters_of_every_kind_are_served_in_one_batch_as_peft_serves_them_one_by_one
 fn what_was_trained_is_bit_for_bit_what_is_served_on_every_base() {
     for name in MODELS {
         let (tokens, _) = logits_of_peft(name);
-        for mode in [WeightMode::Frozen, WeightMode::Int8, WeightMode::Int4] {
+        for mode in [WeightMode::Frozen, WeightMode::Bf16, WeightMode::Int8, WeightMode::Int4] {
             let decoder = decoder(name, mode);
             for kind in KINDS {
                 let [trained, served] = [true, false].map(|trainable| {

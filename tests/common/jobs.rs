@@ -18,7 +18,7 @@ use tunesmith::{
         Checkpoint, FileRecord, Job, JobEvent, JobStatus, JobsConfig, NewFile, Parts, Service,
         Store, new_id, unix_seconds,
     },
-    model::{Decoder, WeightMode},
+    model::{Decoder, Quantization},
     publish::sha256_hex,
     text::{ChatTemplate, Tokenizer},
 };
@@ -36,8 +36,13 @@ pub struct Workshop {
 impl Workshop {
     /// A service in `dir` as an operator might set it up, with changes.
     pub fn open(dir: &Path, change: impl FnOnce(&mut JobsConfig)) -> Self {
+        Self::over(Quantization::None, dir, change)
+    }
+
+    /// As [`Self::open`], with a base that is held so.
+    pub fn over(quantize: Quantization, dir: &Path, change: impl FnOnce(&mut JobsConfig)) -> Self {
         let model = fixture("tiny-llama");
-        let decoder = Arc::new(Decoder::load(&model, WeightMode::Frozen).unwrap());
+        let decoder = Arc::new(Decoder::load(&model, quantize.into()).unwrap());
         let registry = AdapterRegistry::new(decoder.config().clone())
             .with_base_fingerprint(decoder.fingerprint());
         let engine_config = EngineConfig::for_model(decoder.config(), 4, 64 << 20);
@@ -53,6 +58,7 @@ impl Workshop {
             data_dir: dir.to_owned(),
             base_name: "tiny".to_owned(),
             base_dir: model,
+            quantize,
             organization: "kitchen".to_owned(),
             max_running: 1,
             threads: 1,

@@ -79,12 +79,15 @@ proptest! {
             let weight = PackedWeight::from_f32(form, &w, k);
             let held = rows_of(&weight);
             // 1. The right values: for small integers, but for the rounding of x.
-            let mut expected = product(&x, &held, k);
+            let in_bf16 = form == WeightForm::Bf16Dot;
+            let near: Vec<f32> =
+                x.iter().map(|x| if in_bf16 { bf16::from_f32(*x).to_f32() } else { *x }).collect();
+            let mut expected = product(&near, &held, k);
             expected.chunks_mut(n).for_each(|row| {
                 row.iter_mut().zip(&bias).for_each(|(out, bias)| *out += bias);
             });
             let portable = linear(all()[0], &x, &weight, &bias);
-            if form.is_exact() {
+            if form.is_exact() || in_bf16 {
                 prop_assert!(difference(&portable, &expected) < 2e-5, "{form:?}");
             } else {
                 // Roundings of x by up to 1/254, of either sign, as a random walk.
@@ -110,6 +113,31 @@ proptest! {
                 weight.input_gradient(table, &grad, &mut grad_x);
                 prop_assert!(difference(&grad_x, &expected_grad) < 2e-5, "{form:?} {}", table.name);
             }
+        }
+    }
+
+    #[test]
+    fn products_in_bf16_are_the_same_bits_on_all_instruction_sets(
+        rows in 1_usize..60, k in 1_usize..1100, n in 1_usize..70, seed in any::<u64>(),
+        is_wild in any::<bool>(),
+    ) {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        // Every number that there is, or those around the least: sums of products become subnormal.
+        let mut any = |count: usize| -> Vec<f32> {
+            let tiny = |rng: &mut ChaCha8Rng| rng.random::<f32>() * 2.0_f32.powi(rng.random_range(-80..-55));
+            let wild = |rng: &mut ChaCha8Rng| f32::from_bits(rng.random::<u32>());
+            (0..count).map(|_| if is_wild { wild(&mut rng) } else { tiny(&mut rng) }).collect()
+        };
+        let (x, w) = (any(rows * k), any(n * k));
+        let weight = PackedWeight::from_f32(WeightForm::Bf16Dot, &w, k);
+        let bits = |table: &Kernels| -> Vec<u32> {
+            let out = linear(table, &x, &weight, &vec![0.0; n]);
+            let of = |value: &f32| if value.is_nan() { u32::MAX } else { value.to_bits() };
+            out.iter().map(of).collect()
+        };
+        let expected = bits(all()[0]);
+        for table in all() {
+            prop_assert!(bits(table) == expected, "{}", table.name);
         }
     }
 

@@ -10,7 +10,7 @@ use tunesmith::{
     adapters::AdapterRegistry,
     engine::{self, EngineConfig},
     jobs::{JobStatus, JobsConfig, Parts, Request, Service, Wish},
-    model::{Decoder, WeightMode},
+    model::{Decoder, Quantization, WeightMode},
     text::{ChatTemplate, Tokenizer},
 };
 
@@ -31,6 +31,7 @@ fn idle_service(dir: &TempDir) -> Arc<Service> {
         data_dir: dir.0.clone(),
         base_name: "tiny-llama".to_owned(),
         base_dir: model,
+        quantize: Quantization::None,
         organization: "kitchen".to_owned(),
         max_running: 1,
         threads: 1,

@@ -12,7 +12,7 @@ use tunesmith::{
     engine::{EngineConfig, spawn},
     eval::{Arm, Runner, report::Metadata},
     jobs::{FileRecord, Gate, Job, JobsConfig, JobsError, Parts, Service, StoreError, evaluate},
-    model::{Decoder, WeightMode},
+    model::{Decoder, Quantization, WeightMode},
     text::{ChatTemplate, Tokenizer},
 };
 
@@ -46,6 +46,7 @@ impl Setup {
             data_dir: dir.join("data"),
             base_name: "tiny".to_owned(),
             base_dir: model,
+            quantize: Quantization::None,
             organization: "org".to_owned(),
             max_running: 1,
             threads: 1,

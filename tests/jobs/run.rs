@@ -8,8 +8,9 @@ use crate::common::{
     TempDir,
     jobs::{Workshop, chat_rows, preference_rows},
 };
-use tunesmith::jobs::{
-    Alias, Auto, EventLevel, FileRecord, Gate, JobStatus, Method, ModelRecord, Request,
+use tunesmith::{
+    jobs::{Alias, Auto, EventLevel, FileRecord, Gate, JobStatus, Method, ModelRecord, Request},
+    model::Quantization,
 };
 
 /// Enough epochs to be interrupted in.
@@ -136,6 +137,22 @@ fn bad_data_ends_a_job_with_the_lines_that_are_wrong() {
     assert_eq!(shop.wait_for(&id, JobStatus::Failed).error.unwrap().code, "invalid_training_file");
     let id = shop.create(&shop.file("\u{0}\u{1}"), |_| {});
     assert_eq!(shop.wait_for(&id, JobStatus::Failed).error.unwrap().code, "invalid_training_file");
+}
+
+#[test]
+fn a_job_trains_over_the_base_as_the_server_holds_it() {
+    for quantize in [Quantization::Bf16, Quantization::Int8] {
+        let dir = TempDir::new();
+        let shop = Workshop::over(quantize, &dir.0, |_| {});
+        let id = shop.create(&shop.file(&chat_rows(12)), |_| {});
+        shop.wait_for(&id, JobStatus::Succeeded);
+        let messages = shop.messages(&id);
+        let parity = "Serving parity: max difference of log-probabilities 0.0e0 ";
+        assert!(
+            messages.iter().any(|said| said.starts_with(parity)),
+            "{quantize:?}: {messages:#?}"
+        );
+    }
 }
 
 #[test]

@@ -168,7 +168,7 @@ fn the_gradient_under_a_rounded_weight_is_that_of_the_weight_as_rounded() {
         let grads = out.sum_all().unwrap().backward().unwrap();
         grads.get(&x).unwrap().to_vec2::<f32>().unwrap()
     };
-    for precision in [Precision::Int8, Precision::Int4] {
+    for precision in [Precision::Bf16, Precision::Int8, Precision::Int4] {
         let rounded = Weight::pack_tensor(precision, &random(&mut rng, &[40, 70])).unwrap();
         let same = Weight::pack_tensor(Precision::Exact, &rounded.to_tensor().unwrap()).unwrap();
         assert_eq!(slope(&rounded), slope(&same), "{precision:?}");

@@ -94,7 +94,7 @@ fn run_for(job: &TrainJob, steps: usize) -> TrainSummary {
 #[test]
 fn recomputing_layers_changes_no_bit_of_what_is_trained() {
     type Change = fn(&mut TrainConfig);
-    let kinds: [(&str, Change); 6] = [
+    let kinds: [(&str, Change); 7] = [
         ("lora with dropout", |_| {}),
         ("two projections, rslora", |config| {
             config.targets.0 = vec!["q_proj".to_owned(), "down_proj".to_owned()];
@@ -102,6 +102,7 @@ fn recomputing_layers_changes_no_bit_of_what_is_trained() {
         }),
         ("preferences", |config| config.objective = Objective::Dpo),
         ("a rounded base", |config| config.quantize = Quantization::Int8),
+        ("a base in bf16", |config| config.quantize = Quantization::Bf16),
         ("packed rows", |config| config.packing = Packing::Bfd),
         ("every weight", |config| {
             config.method = Method::Full;

@@ -62,9 +62,10 @@ pub struct ServeArgs {
     #[arg(default_missing_value = "true", value_parser = BoolishValueParser::new())]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub insecure_no_auth: Option<bool>,
-    /// Hold the base in 8 bits, or its projections in 4: less memory, faster, a little less exact
-    /// [default: none]
-    #[arg(long, env = "TUNESMITH_QUANTIZE", value_name = "none|int8|int4")]
+    /// Hold the base in 8 bits, or its projections in 4: less memory, faster, a little less exact. bf16:
+    /// round weights and the inputs of every product to bf16, as other engines do; prompts up to twice
+    /// as fast on a processor with bf16 dot products [default: none]
+    #[arg(long, env = "TUNESMITH_QUANTIZE", value_name = "none|bf16|int8|int4")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quantize: Option<Quantization>,
     /// Requests that run at once [default: 16]

@@ -59,6 +59,7 @@ fn config(
         data_dir,
         base_name: server.model_name.clone(),
         base_dir: PathBuf::from(&server.model_root),
+        quantize: args.quantize.unwrap_or_default(),
         organization,
         max_running: args.max_jobs.unwrap_or(1).max(1),
         threads: args.job_threads.unwrap_or(cores / 2).max(1),

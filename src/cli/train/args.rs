@@ -222,8 +222,9 @@ pub(crate) struct TrainArgs {
     /// Number format of the published weights of method full [bf16]
     #[arg(long, value_parser = ["f32", "bf16"])]
     pub(crate) dtype: Option<String>,
-    /// Hold the base under an adapter in 8 bits, or its projections in 4 [none]
-    #[arg(long, value_parser = ["none", "int8", "int4"])]
+    /// Hold the base under an adapter in 8 bits, or its projections in 4, or multiply in bf16: as it will be
+    /// served [none]
+    #[arg(long, value_parser = ["none", "bf16", "int8", "int4"])]
     pub(crate) quantize: Option<String>,
     /// Threads of the tensor operations [all cores]
     #[arg(long)]

@@ -107,6 +107,7 @@ impl Places {
             data: self.data().into(),
             valid: has_valid.then(|| self.valid().into()),
             output: self.model(),
+            quantize: service.config.quantize,
             init_adapter: job.parent_model.is_some().then(|| self.init()),
             objective: match job.method {
                 Method::Supervised => Objective::Sft,
