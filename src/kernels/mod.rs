@@ -21,6 +21,7 @@ mod avx512;
 mod gemm;
 mod heap;
 mod lora;
+mod lora_sums;
 mod pages;
 mod panels;
 mod pool;
@@ -43,7 +44,7 @@ pub use attention::{
 };
 pub use gemm::MatmulJob;
 pub use heap::release_freed_memory;
-pub use lora::{LoraSegment, add_lora};
+pub use lora::{LoraOutput, LoraSegment, add_lora, add_loras};
 pub use panels::{GROUP, PackedWeight, WeightForm};
 pub use roofline::Roofline;
 pub use rows::RmsNormGradient;
