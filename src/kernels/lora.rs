@@ -81,12 +81,7 @@ pub fn add_lora(
 ///
 /// # Panics
 /// Where matrices do not fit `in_features` and an output, or segments lie outside or overlap.
-pub fn add_loras(
-    kernels: &Kernels,
-    x: &[f32],
-    in_features: usize,
-    outputs: &mut [LoraOutput<'_>],
-) {
+pub fn add_loras(kernels: &Kernels, x: &[f32], in_features: usize, outputs: &mut [LoraOutput<'_>]) {
     let parts = parts(x, in_features, outputs);
     if in_features == 0 || parts.is_empty() {
         return;
@@ -146,7 +141,11 @@ fn parts<'a>(x: &[f32], in_features: usize, outputs: &'a mut [LoraOutput<'_>]) -
         for segment in &*segments {
             let LoraSegment { rows, a, b, .. } = segment;
             let rank = a.shape()[0];
-            assert_eq!((a.shape(), b.shape()), ([rank, in_features], [out_features, rank]), "A or B");
+            assert_eq!(
+                (a.shape(), b.shape()),
+                ([rank, in_features], [out_features, rank]),
+                "A or B"
+            );
             assert!(a.form().is_exact() && b.form().is_exact(), "A or B is rounded");
             assert!(free <= rows.start && rows.start <= rows.end, "rows of two adapters");
             assert!(rows.end * in_features <= x.len(), "rows of x");
