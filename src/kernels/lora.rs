@@ -1,32 +1,46 @@
 //! Low-rank additions to a product's output: `out += scale * (x A^T) B^T`, for rows of many adapters
 //! of different ranks at once, where they are: no row is copied, none is padded, and rows without an
-//! adapter are not looked at.
+//! adapter are not looked at. Products of the same rows, such as those to queries, keys and values, are
+//! added to together.
+//!
+//! Everything is one job of the pool. Its first tasks shrink: each sums a block of terms for some rows, and
+//! whoever finishes the last one adds the blocks up. The others expand, once that is done.
 //!
 //! Each sum has the order of `product.rs`: a row's addition is the same alone and beside any others.
-#![allow(clippy::needless_range_loop, reason = "chains are indexed")]
 
-use std::ops::Range;
-
-use half::{bf16, f16};
-
-use super::{
-    Kernels,
-    panels::{PackedWeight, WeightForm},
-    product::SUM_BLOCK,
-    simd::{LANES, Simd, Weight, load_partial, store_partial},
-    threads::{Shared, for_each_range},
+use std::{
+    cmp::Reverse,
+    ops::Range,
+    sync::atomic::{
+        AtomicBool, AtomicUsize,
+        Ordering::{AcqRel, Acquire, Release},
+    },
 };
 
-/// Sums that are under way at once, so that none waits for the one before it.
-const CHAINS: usize = 4;
-/// Panels by which B is asked for before it is read.
-const AHEAD: usize = 2 * CHAINS;
-/// How far ahead A is asked for.
-const PREFETCH_BYTES: usize = 1024;
+pub(super) use super::lora_sums::{ExpandTile, ShrinkSum, expand_tile, shrink_sums};
+use super::{
+    Kernels,
+    lora_sums::{CHAINS, element_bytes},
+    panels::PackedWeight,
+    pool::{for_each_task, look_around},
+    product::SUM_BLOCK,
+    simd::LANES,
+    threads::{Shared, num_threads},
+};
+
 /// Segments with more rows than these are shrunk as products of their own.
 const FEW_ROWS: usize = 8;
+/// Bytes of A and B, for each eight rows, that are not worth a second thread.
+const MIN_PARALLEL_BYTES: usize = 24 << 10;
+/// Tasks of either kind for each thread, where there is work for so many.
+const PIECES: usize = 8;
+/// Bytes of B of one task, at least and at most.
+const TILE_BYTES: [usize; 2] = [4 << 10, 32 << 10];
+/// Rows and panels of a task where a segment has many rows.
+const MANY_ROWS_TILE: (usize, usize) = (64, 16);
 
 /// Rows of one adapter.
+#[derive(Clone)]
 pub struct LoraSegment<'a> {
     /// Its rows in the batch.
     pub rows: Range<usize>,
@@ -38,10 +52,20 @@ pub struct LoraSegment<'a> {
     pub scale: f32,
 }
 
+/// A product's output, and the adapters that add to its rows.
+pub struct LoraOutput<'a> {
+    /// `[rows, out_features]`
+    pub out: &'a mut [f32],
+    /// Its columns.
+    pub out_features: usize,
+    /// In the order of their rows, none of which has two adapters.
+    pub segments: Vec<LoraSegment<'a>>,
+}
+
 /// Adds what the segments' adapters make of `x [rows, in]` to `out [rows, out]`.
 ///
 /// # Panics
-/// Where the matrices do not fit `in_features` and `out_features`, or a segment lies outside.
+/// As [`add_loras`].
 pub fn add_lora(
     kernels: &Kernels,
     x: &[f32],
@@ -49,278 +73,252 @@ pub fn add_lora(
     (in_features, out_features): (usize, usize),
     out: &mut [f32],
 ) {
-    let mut hidden_length = 0;
-    for LoraSegment { rows, a, b, .. } in segments {
-        let rank = a.shape()[0];
-        assert_eq!((a.shape(), b.shape()), ([rank, in_features], [out_features, rank]), "A or B");
-        assert!(a.form().is_exact() && b.form().is_exact(), "A or B is rounded");
-        assert!(rows.start <= rows.end && rows.end * in_features <= x.len(), "rows of x");
-        assert!(rows.end * out_features <= out.len(), "rows of the output");
-        hidden_length += rows.len() * rank;
-    }
-    if in_features == 0 || out_features == 0 || hidden_length == 0 {
+    let output = LoraOutput { out, out_features, segments: segments.to_vec() };
+    add_loras(kernels, x, in_features, &mut [output]);
+}
+
+/// Adds what the adapters make of `x [rows, in]` to each of the outputs, which are products of these rows.
+///
+/// # Panics
+/// Where matrices do not fit `in_features` and an output, or segments lie outside or overlap.
+pub fn add_loras(kernels: &Kernels, x: &[f32], in_features: usize, outputs: &mut [LoraOutput<'_>]) {
+    let parts = parts(x, in_features, outputs);
+    if in_features == 0 || parts.is_empty() {
         return;
     }
-    let mut hidden = vec![0.0; hidden_length];
-    shrink(kernels, x, segments, in_features, &mut hidden);
-    // One pass over the columns of the output; each task adds to all segments' rows.
-    let work = hidden_length * LANES;
-    let shared = Shared(out.as_mut_ptr());
-    for_each_range(out_features.div_ceil(LANES), CHAINS, work, |panels| {
-        let tile =
-            ExpandTile { hidden: &hidden, segments, out: shared.get(), out_features, panels };
-        // SAFETY: rows and matrices were checked above; tasks write disjoint columns.
-        unsafe { (kernels.expand)(&tile) };
+    let length = parts.iter().map(|part| part.hidden + part.rows * part.stride).max().unwrap_or(0);
+    let mut hidden = vec![0.0; length];
+    for part in parts.iter().filter(|part| part.rows > FEW_ROWS) {
+        shrink_many(kernels, part, x, in_features, &mut hidden);
+    }
+    let bytes = parts.iter().map(|part| {
+        (part.segment.a.num_bytes() + part.segment.b.num_bytes()) * part.rows.div_ceil(FEW_ROWS)
+    });
+    let threads = if bytes.sum::<usize>() < MIN_PARALLEL_BYTES { 1 } else { num_threads() };
+    let few: Vec<&Part<'_>> = parts.iter().filter(|part| part.rows <= FEW_ROWS).collect();
+    let shrink = Shrink::plan(&few, x, in_features, threads);
+    let shared = Shared(hidden.as_mut_ptr());
+    let tiles = expand_tiles(&parts, shared.get(), threads);
+    let num_shrunk = AtomicUsize::new(0);
+    let is_shrunk = AtomicBool::new(shrink.groups.is_empty());
+    for_each_task(threads, shrink.groups.len() + tiles.len(), |task| {
+        if let Some(group) = shrink.groups.get(task) {
+            // SAFETY: each sum reads its block of a row and of a panel, and has a place of its own.
+            unsafe { (kernels.shrink)(&shrink.sums[group.sums.clone()], group.terms) };
+            if num_shrunk.fetch_add(1, AcqRel) + 1 == shrink.groups.len() {
+                // SAFETY: all groups are done, and nobody reads `hidden` before it is said to be ready.
+                unsafe { shrink.add_up(shared.get()) };
+                is_shrunk.store(true, Release);
+            }
+            return;
+        }
+        // Tasks are begun in their order: what this one waits for is under way.
+        while !is_shrunk.load(Acquire) {
+            look_around(|| is_shrunk.load(Acquire));
+        }
+        // SAFETY: `parts` has checked rows and matrices; tiles are disjoint rectangles of the outputs.
+        unsafe { (kernels.expand)(&tiles[task - shrink.groups.len()]) };
     });
 }
 
-/// `hidden = x A^T`, segment after segment, `[rows][rank]`.
-fn shrink(
+/// A segment of one output.
+struct Part<'a> {
+    segment: &'a LoraSegment<'a>,
+    rows: usize,
+    /// Where its `x A^T` begins, `[rows, stride]`: the rank in whole panels.
+    hidden: usize,
+    stride: usize,
+    /// Its first row.
+    out: *mut f32,
+    out_features: usize,
+}
+
+/// The segments that have something to add. Those of few rows have the first places in `hidden`.
+fn parts<'a>(x: &[f32], in_features: usize, outputs: &'a mut [LoraOutput<'_>]) -> Vec<Part<'a>> {
+    let mut parts = Vec::new();
+    for LoraOutput { out, out_features, segments } in outputs {
+        let (mut free, out_features) = (0, *out_features);
+        for segment in &*segments {
+            let LoraSegment { rows, a, b, .. } = segment;
+            let rank = a.shape()[0];
+            assert_eq!(
+                (a.shape(), b.shape()),
+                ([rank, in_features], [out_features, rank]),
+                "A or B"
+            );
+            assert!(a.form().is_exact() && b.form().is_exact(), "A or B is rounded");
+            assert!(free <= rows.start && rows.start <= rows.end, "rows of two adapters");
+            assert!(rows.end * in_features <= x.len(), "rows of x");
+            assert!(rows.end * out_features <= out.len(), "rows of the output");
+            free = rows.end;
+            if rows.is_empty() || rank == 0 || out_features == 0 {
+                continue;
+            }
+            let first = &mut out[rows.start * out_features..];
+            parts.push(Part {
+                segment,
+                rows: rows.len(),
+                hidden: 0,
+                stride: rank.next_multiple_of(LANES),
+                out: first.as_mut_ptr(),
+                out_features,
+            });
+        }
+    }
+    let mut length = 0;
+    for many in [false, true] {
+        for part in parts.iter_mut().filter(|part| (part.rows > FEW_ROWS) == many) {
+            part.hidden = length;
+            length += part.rows * part.stride;
+        }
+    }
+    parts
+}
+
+/// `x A^T` of a segment of many rows.
+fn shrink_many(
     kernels: &Kernels,
+    part: &Part<'_>,
     x: &[f32],
-    segments: &[LoraSegment<'_>],
     in_features: usize,
     hidden: &mut [f32],
 ) {
-    let mut rest = hidden;
-    let mut sums = Vec::with_capacity(segments.len());
-    for LoraSegment { rows, a, .. } in segments {
-        let rank = a.shape()[0];
-        let (part, after) = rest.split_at_mut(rows.len() * rank);
-        rest = after;
-        let x = &x[rows.start * in_features..rows.end * in_features];
-        if rows.len() > FEW_ROWS {
-            a.linear(kernels, x, None, part);
-            continue;
-        }
-        for (x, part) in x.chunks_exact(in_features).zip(part.chunks_exact_mut(rank.max(1))) {
-            for (panel, to) in part.chunks_mut(LANES).enumerate() {
-                let from = a.data.bytes()[panel * a.panel_bytes()..].as_ptr();
-                let (x, to, count) = (x.as_ptr(), to.as_mut_ptr(), to.len());
-                sums.push(ShrinkSum { x, a: from, form: a.form(), to, count });
+    let LoraSegment { rows, a, .. } = part.segment;
+    let x = &x[rows.start * in_features..rows.end * in_features];
+    let hidden = &mut hidden[part.hidden..][..part.rows * part.stride];
+    let rank = a.shape()[0];
+    if rank == part.stride {
+        return a.linear(kernels, x, None, hidden);
+    }
+    let mut dense = vec![0.0; part.rows * rank];
+    a.linear(kernels, x, None, &mut dense);
+    for (to, from) in hidden.chunks_exact_mut(part.stride).zip(dense.chunks_exact(rank)) {
+        to[..rank].copy_from_slice(from);
+    }
+}
+
+/// The sums of segments of few rows, in groups that are under way at once.
+struct Shrink {
+    sums: Vec<ShrinkSum>,
+    groups: Vec<Group>,
+    /// What the sums come to: `[vectors of hidden][blocks][16]`.
+    blocks: Vec<f32>,
+    num_blocks: usize,
+}
+
+/// Sums of the same form over equally many terms.
+struct Group {
+    sums: Range<usize>,
+    terms: usize,
+}
+
+impl Shrink {
+    fn plan(parts: &[&Part<'_>], x: &[f32], in_features: usize, threads: usize) -> Self {
+        let num_blocks = in_features.div_ceil(SUM_BLOCK);
+        let vectors: usize = parts.iter().map(|part| part.rows * part.stride / LANES).sum();
+        let mut blocks = vec![0.0_f32; vectors * num_blocks * LANES];
+        let mut sums = Vec::with_capacity(vectors * num_blocks);
+        for Part { segment, rows, hidden, stride, .. } in parts {
+            let LoraSegment { rows: Range { start: first, .. }, a, .. } = segment;
+            let size = element_bytes(a.form());
+            for panel in 0..stride / LANES {
+                for block in 0..num_blocks {
+                    let term = block * SUM_BLOCK;
+                    let at = panel * a.panel_bytes() + term * LANES * size;
+                    for row in 0..*rows {
+                        let vector = (hidden + row * stride) / LANES + panel;
+                        let to = (vector * num_blocks + block) * LANES;
+                        sums.push(ShrinkSum {
+                            x: x[(first + row) * in_features + term..].as_ptr(),
+                            a: a.data.bytes()[at..].as_ptr(),
+                            form: a.form(),
+                            terms: (in_features - term).min(SUM_BLOCK),
+                            to: blocks[to..to + LANES].as_mut_ptr(),
+                            next: std::ptr::null(),
+                        });
+                    }
+                }
             }
         }
+        let kind = |sum: &ShrinkSum| (element_bytes(sum.form), sum.form as u8, Reverse(sum.terms));
+        sums.sort_by_key(kind);
+        let mut groups = Vec::new();
+        let mut start = 0;
+        for same in sums.chunk_by(|left, right| kind(left) == kind(right)) {
+            // Pairs, as long as there are few: so every thread has its share.
+            let pairs = same.len().div_ceil(2).min(PIECES * threads);
+            let count = same.len().div_ceil(CHAINS).max(pairs);
+            for index in 0..count {
+                let at = |index: usize| start + index * same.len() / count;
+                groups.push(Group { sums: at(index)..at(index + 1), terms: same[0].terms });
+            }
+            start += same.len();
+        }
+        // A thread's next group is probably the one behind those of the others.
+        for index in threads..groups.len() {
+            let (this, next) = (groups[index - threads].sums.clone(), groups[index].sums.clone());
+            for (this, next) in this.zip(next) {
+                sums[this].next = sums[next].a;
+            }
+        }
+        Self { sums, groups, blocks, num_blocks }
     }
-    // Chains that run beside each other read the same form.
-    sums.sort_by_key(|sum| sum.form != WeightForm::Bf16);
-    let sums = &sums[..];
-    for_each_range(sums.len().div_ceil(CHAINS), 1, CHAINS * in_features * LANES, |chunks| {
-        let range = chunks.start * CHAINS..(chunks.end * CHAINS).min(sums.len());
-        // SAFETY: each sum has its own row of x, panel of A and place in `hidden`, all long enough.
-        unsafe { (kernels.shrink)(&sums[range], in_features) };
-    });
-}
 
-/// Up to sixteen elements of a row's `x A^T`.
-pub(super) struct ShrinkSum {
-    x: *const f32,
-    /// A panel of `A`.
-    a: *const u8,
-    form: WeightForm,
-    to: *mut f32,
-    count: usize,
-}
-
-// SAFETY: `x` and `a` are only read, and no two sums have the same `to`.
-unsafe impl Send for ShrinkSum {}
-// SAFETY: as above.
-unsafe impl Sync for ShrinkSum {}
-
-/// # Safety
-/// Each sum's pointers are valid for `terms` and `count`, nobody else uses its `to`, and the CPU has
-/// the features of `S`.
-#[inline(always)]
-pub(super) unsafe fn shrink_sums<S: Simd>(sums: &[ShrinkSum], terms: usize) {
-    for group in sums.chunks(CHAINS) {
-        for same in group.chunk_by(|a, b| a.form == b.form) {
+    /// The blocks of each sum, one after the other.
+    ///
+    /// # Safety
+    /// All groups are done, nobody writes to them any more, and `hidden` begins with the vectors.
+    unsafe fn add_up(&self, hidden: *mut f32) {
+        let vectors = self.blocks.chunks_exact(self.num_blocks.max(1) * LANES);
+        for (vector, blocks) in vectors.enumerate() {
+            let (blocks, _) = blocks.as_chunks::<LANES>();
+            let mut total = blocks[0];
+            for block in &blocks[1..] {
+                total.iter_mut().zip(block).for_each(|(total, value)| *total += value);
+            }
             // SAFETY: by contract.
-            unsafe {
-                match same[0].form {
-                    WeightForm::Bf16 => shrink_group::<S, bf16>(same, terms),
-                    WeightForm::F16 => shrink_group::<S, f16>(same, terms),
-                    // `add_lora` takes no others.
-                    WeightForm::F32 | WeightForm::Bf16Dot | WeightForm::Int8 | WeightForm::Int4 => {
-                        shrink_group::<S, f32>(same, terms);
-                    }
-                }
-            }
+            unsafe { hidden.add(vector * LANES).cast::<[f32; LANES]>().write_unaligned(total) };
         }
     }
 }
 
-/// # Safety
-/// As [`shrink_sums`], with at most [`CHAINS`] sums, whose panels hold elements of type `W`.
-#[inline(always)]
-unsafe fn shrink_group<S: Simd, W: Weight>(group: &[ShrinkSum], terms: usize) {
-    // Where there are fewer, the last one is computed again and not stored.
-    let at = |i: usize| &group[i.min(group.len() - 1)];
-    let x: [_; CHAINS] = std::array::from_fn(|i| at(i).x);
-    let a: [_; CHAINS] = std::array::from_fn(|i| at(i).a.cast::<W>());
-    // SAFETY: by contract.
-    unsafe {
-        let mut totals = [S::splat(0.0); CHAINS];
-        for start in (0..terms).step_by(SUM_BLOCK) {
-            let end = (start + SUM_BLOCK).min(terms);
-            let mut block = [S::splat(0.0); CHAINS];
-            for term in (start..end).step_by(2) {
-                for i in 0..CHAINS {
-                    let from = a[i].add(term * LANES);
-                    S::prefetch(from.cast::<u8>().wrapping_add(PREFETCH_BYTES));
-                    let [first, second] = W::load_pair::<S>(from);
-                    block[i] = S::fma(S::splat(*x[i].add(term)), first, block[i]);
-                    if term + 1 < end {
-                        block[i] = S::fma(S::splat(*x[i].add(term + 1)), second, block[i]);
-                    }
-                }
-            }
-            for i in 0..CHAINS {
-                totals[i] = if start == 0 { block[i] } else { S::add(totals[i], block[i]) };
-            }
-        }
-        let mut done = [[0.0_f32; LANES]; CHAINS];
-        for i in 0..CHAINS {
-            S::store(done[i].as_mut_ptr(), totals[i]);
-        }
-        for (sum, done) in group.iter().zip(&done) {
-            store_partial::<S>(sum.to, S::load(done.as_ptr()), sum.count);
-        }
-    }
-}
-
-/// Some columns of the output, over all segments.
-pub(super) struct ExpandTile<'a> {
-    hidden: &'a [f32],
-    segments: &'a [LoraSegment<'a>],
-    out: *mut f32,
-    out_features: usize,
-    panels: Range<usize>,
-}
-
-/// # Safety
-/// The segments' rows exist in `out`, `panels` lie within its columns, nobody else uses these columns,
-/// and the CPU has the features of `S`.
-#[inline(always)]
-pub(super) unsafe fn expand_tile<S: Simd>(tile: &ExpandTile<'_>) {
-    let mut done = 0;
-    for segment in tile.segments {
-        let length = segment.rows.len() * segment.b.shape()[1];
-        let hidden = &tile.hidden[done..done + length];
-        done += length;
-        // SAFETY: by contract.
-        unsafe {
-            match segment.b.form() {
-                WeightForm::Bf16 => expand_segment::<S, bf16>(tile, segment, hidden),
-                WeightForm::F16 => expand_segment::<S, f16>(tile, segment, hidden),
-                WeightForm::F32 | WeightForm::Bf16Dot | WeightForm::Int8 | WeightForm::Int4 => {
-                    expand_segment::<S, f32>(tile, segment, hidden);
-                }
-            }
-        }
-    }
-}
-
-/// # Safety
-/// As [`expand_tile`]; `segment` is one of its segments, and its B has elements of type `W`.
-#[inline(always)]
-unsafe fn expand_segment<S: Simd, W: Weight>(
-    tile: &ExpandTile<'_>,
-    LoraSegment { rows, b, scale, .. }: &LoraSegment<'_>,
-    hidden: &[f32],
-) {
-    let (rank, panel_bytes) = (b.shape()[1], b.panel_bytes());
-    let stride = tile.out_features;
-    let mut panel = tile.panels.start;
-    while panel < tile.panels.end {
-        let left = tile.panels.end - panel;
-        let column = panel * LANES;
-        let from = b.data.bytes()[panel * panel_bytes..].as_ptr();
-        // SAFETY: by contract; a panel has `rank` vectors at least, in whole pairs.
-        unsafe {
-            let to = tile.out.add(rows.start * stride + column);
-            let count = (stride - column).min(LANES);
-            let mut row = 0;
-            if rows.len() == 1 && left >= CHAINS && column + CHAINS * LANES <= stride {
-                // One row: some panels at once.
-                for line in (0..CHAINS * panel_bytes).step_by(64) {
-                    S::prefetch(from.wrapping_add(AHEAD * panel_bytes + line));
-                }
-                let at: [_; CHAINS] = std::array::from_fn(|i| {
-                    (from.add(i * panel_bytes).cast::<W>(), hidden.as_ptr())
-                });
-                let sums = chains::<S, W, CHAINS>(&at, rank);
-                for i in 0..CHAINS {
-                    add::<S>(to.add(i * LANES), sums[i], *scale, LANES);
-                }
-                panel += CHAINS;
-                continue;
-            }
-            while row < rows.len() {
-                let take = if rows.len() - row >= CHAINS { CHAINS } else { 1 };
-                let at = |i: usize| (from.cast::<W>(), hidden.as_ptr().add((row + i) * rank));
-                if take == CHAINS {
-                    let at: [_; CHAINS] = std::array::from_fn(at);
-                    let sums = chains::<S, W, CHAINS>(&at, rank);
-                    for i in 0..CHAINS {
-                        add::<S>(to.add((row + i) * stride), sums[i], *scale, count);
-                    }
-                } else {
-                    let [sum] = chains::<S, W, 1>(&[at(0)], rank);
-                    add::<S>(to.add(row * stride), sum, *scale, count);
-                }
-                row += take;
-            }
-        }
-        panel += 1;
-    }
-}
-
-/// Sums that run beside each other, each of a panel of B and a row of `hidden`.
-///
-/// # Safety
-/// Each row has `rank` elements, each panel `rank` vectors in whole pairs; the CPU has the features of
-/// `S`.
-#[inline(always)]
-unsafe fn chains<S: Simd, W: Weight, const MR: usize>(
-    at: &[(*const W, *const f32); MR],
-    rank: usize,
-) -> [S::V; MR] {
-    // SAFETY: by contract.
-    unsafe {
-        let mut totals = [S::splat(0.0); MR];
-        for start in (0..rank).step_by(SUM_BLOCK) {
-            let end = (start + SUM_BLOCK).min(rank);
-            let mut block = [S::splat(0.0); MR];
-            for k in (start..end).step_by(2) {
-                for i in 0..MR {
-                    let (panel, hidden) = at[i];
-                    let [first, second] = W::load_pair::<S>(panel.add(k * LANES));
-                    block[i] = S::fma(S::splat(*hidden.add(k)), first, block[i]);
-                    if k + 1 < end {
-                        block[i] = S::fma(S::splat(*hidden.add(k + 1)), second, block[i]);
-                    }
-                }
-            }
-            for i in 0..MR {
-                totals[i] = if start == 0 { block[i] } else { S::add(totals[i], block[i]) };
-            }
-        }
-        totals
-    }
-}
-
-/// `to[..count] += scale * sum`.
-///
-/// # Safety
-/// `to` is valid for `count` elements; the CPU has the features of `S`.
-#[inline(always)]
-unsafe fn add<S: Simd>(to: *mut f32, sum: S::V, scale: f32, count: usize) {
-    // SAFETY: by contract.
-    unsafe {
-        let value = S::mul(sum, S::splat(scale));
-        if count == LANES {
-            S::store(to, S::add(S::load(to), value));
+/// The outputs' rectangles, one for each task.
+fn expand_tiles(parts: &[Part<'_>], hidden: *mut f32, threads: usize) -> Vec<ExpandTile> {
+    let bytes = parts.iter().map(|part| part.segment.b.num_bytes()).sum::<usize>();
+    let bytes = (bytes / (threads * PIECES)).clamp(TILE_BYTES[0], TILE_BYTES[1]);
+    let mut tiles: Vec<ExpandTile> = Vec::new();
+    for part in parts {
+        let b = part.segment.b;
+        let (num_panels, panel_bytes) = (part.out_features.div_ceil(LANES), b.panel_bytes());
+        let (at_once, panels) = if part.rows > FEW_ROWS {
+            MANY_ROWS_TILE
         } else {
-            store_partial::<S>(to, S::add(load_partial::<S>(to, count), value), count);
+            (part.rows, (bytes / panel_bytes).max(1).next_multiple_of(CHAINS))
+        };
+        for row in (0..part.rows).step_by(at_once) {
+            for panel in (0..num_panels).step_by(panels) {
+                let column = panel * LANES;
+                tiles.push(ExpandTile {
+                    // SAFETY: the rows are within `hidden`, and the column within the output's rows.
+                    hidden: unsafe { hidden.add(part.hidden + row * part.stride) },
+                    hidden_stride: part.stride,
+                    rows: (part.rows - row).min(at_once),
+                    b: b.data.bytes()[panel * panel_bytes..].as_ptr(),
+                    form: b.form(),
+                    panel_bytes,
+                    rank: b.shape()[1],
+                    scale: part.segment.scale,
+                    // SAFETY: as above.
+                    out: unsafe { part.out.add(row * part.out_features + column) },
+                    out_features: part.out_features,
+                    columns: (part.out_features - column).min(panels * LANES),
+                    next: std::ptr::null(),
+                });
+            }
         }
     }
+    for index in threads..tiles.len() {
+        tiles[index - threads].next = tiles[index].b;
+    }
+    tiles
 }

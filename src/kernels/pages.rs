@@ -4,12 +4,20 @@
 //! costs a look-up in the page table for each; and the memory of a model is filled by all threads at once,
 //! which is a matter of page faults. Both are hundreds of times fewer with pages of 2 MiB.
 
-use std::{ptr::NonNull, slice};
+use std::{
+    ptr::NonNull,
+    slice,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
 /// Bytes of a huge page; less is not worth a mapping of its own.
 const HUGE_PAGE: usize = 2 << 20;
+/// Bytes of a mapping that is shared: it lives as long as anything in it.
+const SHARED: usize = 2 * HUGE_PAGE;
+/// Less than that is left to the allocator.
+const MIN_SHARED: usize = 2 << 10;
 
 /// A cache line: panels begin and end at its borders.
 #[derive(Clone, Copy)]
@@ -22,15 +30,22 @@ pub(super) struct Lines(Memory);
 enum Memory {
     Few(Vec<Line>),
     Mapped(Mapping),
+    /// So many bytes from there on, which are nobody else's.
+    Part(Arc<Mapping>, usize, usize),
 }
+
+/// The mapping that is being given away, and how much of it is gone.
+static CURRENT: Mutex<Option<(Arc<Mapping>, usize)>> = Mutex::new(None);
 
 impl Lines {
     pub(super) fn zeroed(bytes: usize) -> Self {
         let bytes = bytes.next_multiple_of(LINE);
-        let mapped = (bytes >= HUGE_PAGE).then(|| Mapping::new(bytes)).flatten();
-        Self(
-            mapped.map_or_else(|| Memory::Few(vec![Line([0; LINE]); bytes / LINE]), Memory::Mapped),
-        )
+        let memory = match bytes {
+            0..MIN_SHARED => None,
+            MIN_SHARED..HUGE_PAGE => part(bytes),
+            _ => Mapping::new(bytes).map(Memory::Mapped),
+        };
+        Self(memory.unwrap_or_else(|| Memory::Few(vec![Line([0; LINE]); bytes / LINE])))
     }
 
     pub(super) fn as_ptr(&self) -> *const u8 {
@@ -47,6 +62,10 @@ impl Lines {
             Memory::Mapped(mapping) => unsafe {
                 slice::from_raw_parts(mapping.start.as_ptr(), mapping.bytes)
             },
+            // SAFETY: the part lies within the mapping, which it keeps alive.
+            Memory::Part(mapping, start, bytes) => unsafe {
+                slice::from_raw_parts(mapping.start.as_ptr().add(*start), *bytes)
+            },
         }
     }
 
@@ -60,8 +79,28 @@ impl Lines {
             Memory::Mapped(mapping) => unsafe {
                 slice::from_raw_parts_mut(mapping.start.as_ptr(), mapping.bytes)
             },
+            // SAFETY: as above; no two parts overlap, and the borrow of this one is exclusive.
+            Memory::Part(mapping, start, bytes) => unsafe {
+                slice::from_raw_parts_mut(mapping.start.as_ptr().add(*start), *bytes)
+            },
         }
     }
+}
+
+/// A part of a mapping that is shared. Nothing is given away twice, so it is still zero.
+fn part(bytes: usize) -> Option<Memory> {
+    let mut current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
+    let room = |(mapping, used): &(Arc<Mapping>, usize)| used + bytes <= mapping.bytes;
+    if !current.as_ref().is_some_and(room) {
+        // A little more, so that it can begin where a huge page does. What nobody writes to takes no memory.
+        let mapping = Mapping::new(SHARED + HUGE_PAGE)?;
+        let before = mapping.start.as_ptr().align_offset(HUGE_PAGE).min(HUGE_PAGE);
+        *current = Some((Arc::new(mapping), before));
+    }
+    let (mapping, used) = current.as_mut()?;
+    let start = *used;
+    *used += bytes;
+    Some(Memory::Part(Arc::clone(mapping), start, bytes))
 }
 
 /// Private pages that no file stands behind. The kernel gives them when they are first written to.
@@ -109,7 +148,7 @@ mod tests {
 
     #[test]
     fn few_bytes_and_many_are_zero_aligned_and_written_to_alike() {
-        for bytes in [0, 1, 64, 4097, HUGE_PAGE - 1, HUGE_PAGE, 5 * HUGE_PAGE + 65] {
+        for bytes in [0, 1, 64, 4097, 4097, 1 << 20, HUGE_PAGE - 1, HUGE_PAGE, 5 * HUGE_PAGE + 65] {
             let mut lines = Lines::zeroed(bytes);
             assert_eq!(lines.bytes().len(), bytes.next_multiple_of(64));
             assert_eq!(lines.as_ptr() as usize % 64, 0);

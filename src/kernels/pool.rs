@@ -177,7 +177,7 @@ impl Pool {
 }
 
 /// Looks for something for about a microsecond, then lets others run.
-fn look_around(is_there: impl Fn() -> bool) {
+pub(super) fn look_around(is_there: impl Fn() -> bool) {
     for _ in 0..LOOKS {
         if is_there() {
             return;

@@ -31,7 +31,7 @@ pub struct Kernels {
     pub(super) round_int4: unsafe fn(quantize::RoundRow<'_>),
     pub(super) turn: unsafe fn(turned::TurnTile<'_>),
     pub(super) shrink: unsafe fn(&[lora::ShrinkSum], usize),
-    pub(super) expand: unsafe fn(&lora::ExpandTile<'_>),
+    pub(super) expand: unsafe fn(&lora::ExpandTile),
     pub(super) matmul: unsafe fn(&gemm::MatmulTile),
     pub(super) attention: unsafe fn(&attention::ForwardTile),
     pub(super) attention_bf16: unsafe fn(&attention::ForwardTile),
@@ -82,7 +82,7 @@ macro_rules! kernels_for {
             turn(tile: super::turned::TurnTile<'_>) -> () = turned::turn_tile::<$simd>;
             shrink(sums: &[super::lora::ShrinkSum], terms: usize) -> ()
                 = lora::shrink_sums::<$simd>;
-            expand(tile: &super::lora::ExpandTile<'_>) -> () = lora::expand_tile::<$simd>;
+            expand(tile: &super::lora::ExpandTile) -> () = lora::expand_tile::<$simd>;
             matmul(tile: &super::gemm::MatmulTile) -> () = gemm::matmul_tile::<$simd>;
             attention(tile: &super::attention::ForwardTile) -> ()
                 = attention::forward_tile::<$simd, f32>;

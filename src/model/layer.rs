@@ -19,6 +19,7 @@ use crate::ops::{
     lora::add_in_place,
     profile::{self, Op},
     rope::{Angles, rope},
+    served::{self, ServedProjection},
     weight::Weight,
 };
 
@@ -89,9 +90,8 @@ impl Layer {
     ) -> Result<Tensor, ModelError> {
         // 1. Queries, keys and values of the normed input.
         let normed = self.norms.attention_input.forward(x)?;
-        let q = self.project(Projection::Q, &normed, context)?;
-        let k = self.project(Projection::K, &normed, context)?;
-        let v = self.project(Projection::V, &normed, context)?;
+        let [q, k, v] =
+            self.project([Projection::Q, Projection::K, Projection::V], &normed, context)?;
         let q = maybe_heads(self.norms.query.as_ref(), q)?;
         let k = maybe_heads(self.norms.key.as_ref(), k)?;
         // 2. Positions.
@@ -106,18 +106,73 @@ impl Layer {
                 paged_attention(&q, (keys, values), self.shape, spans)?
             }
         };
-        let attended = self.project(Projection::O, &attended, context)?;
+        let [attended] = self.project([Projection::O], &attended, context)?;
         let x = add(x, &maybe(self.norms.attention_output.as_ref(), attended)?)?;
         // 4. The gated feed-forward of the normed sum.
         let normed = self.norms.mlp_input.forward(&x)?;
-        let gate = self.project(Projection::Gate, &normed, context)?;
-        let up = self.project(Projection::Up, &normed, context)?;
+        let [gate, up] = self.project([Projection::Gate, Projection::Up], &normed, context)?;
         let gated = gated_mul(self.activation, &gate, &up)?;
-        let down = self.project(Projection::Down, &gated, context)?;
+        let [down] = self.project([Projection::Down], &gated, context)?;
         Ok(add(&x, &maybe(self.norms.mlp_output.as_ref(), down)?)?)
     }
 
-    fn project(
+    /// The outputs of projections of one input.
+    fn project<const N: usize>(
+        &self,
+        projections: [Projection; N],
+        x: &Tensor,
+        context: &LayerContext<'_>,
+    ) -> Result<[Tensor; N], ModelError> {
+        let outputs = match self.serve(projections, x, context)? {
+            Some(outputs) => outputs,
+            None => projections
+                .iter()
+                .map(|projection| self.project_one(*projection, x, context))
+                .collect::<Result<_, _>>()?,
+        };
+        Ok(outputs.try_into().expect("each projection has one output"))
+    }
+
+    /// All at once, with all adapters' sums; `None` where something is tracked or trained.
+    fn serve(
+        &self,
+        projections: impl AsRef<[Projection]>,
+        x: &Tensor,
+        context: &LayerContext<'_>,
+    ) -> Result<Option<Vec<Tensor>>, ModelError> {
+        let projections = projections.as_ref();
+        if x.track_op() || !context.deltas.iter().all(|rows| rows.delta.is_frozen()) {
+            return Ok(None);
+        }
+        let mut served = Vec::with_capacity(projections.len());
+        for projection in projections {
+            let Linear { weight: Weight::Packed(weight), bias } =
+                &self.projections[*projection as usize]
+            else {
+                return Ok(None);
+            };
+            let site = Site { layer: self.index, projection: *projection };
+            let with_part =
+                context.deltas.iter().map(|rows| (rows.rows.clone(), rows.delta.part(site)));
+            let parts = with_part.filter_map(|(rows, part)| Some((rows, part?))).collect();
+            served.push(ServedProjection { weight, bias: bias.as_ref(), parts });
+        }
+        let mut outputs = served::projections(x, &served, op_of(projections[0]))?;
+        // What is more than a sum: one after the other.
+        for (projection, out) in projections.iter().zip(&mut outputs) {
+            let site = Site { layer: self.index, projection: *projection };
+            let Linear { weight, bias } = &self.projections[*projection as usize];
+            let at = Projected { site, weight, bias: bias.as_ref(), input: x };
+            for DeltaRows { rows, delta } in context.deltas {
+                if delta.part(site).is_none() {
+                    *out = delta.apply(&at, out.clone(), rows.clone(), context.dropout)?;
+                }
+            }
+        }
+        Ok(Some(outputs))
+    }
+
+    fn project_one(
         &self,
         projection: Projection,
         x: &Tensor,

@@ -83,6 +83,21 @@ impl LoraPart {
     pub fn rank(&self) -> usize {
         self.a.shape()[0]
     }
+
+    /// That of `B A`: output and input features.
+    #[must_use]
+    pub fn shape(&self) -> [usize; 2] {
+        [self.b.shape()[0], self.a.shape()[1]]
+    }
+
+    /// Bytes that are read and operations that are done for so many rows.
+    pub(super) fn work(&self, rows: usize) -> (usize, usize) {
+        (self.num_bytes(), 2 * rows * self.num_elements())
+    }
+
+    pub(super) fn segment(&self, rows: Range<usize>) -> LoraSegment<'_> {
+        LoraSegment { rows, a: &self.a, b: &self.b, scale: self.scale }
+    }
 }
 
 /// Adds the contributions of several adapters, each to its rows of `output [rows, out]`, in place: the
@@ -96,10 +111,7 @@ pub fn add_in_place(
     segments: Vec<(Range<usize>, LoraPart)>,
 ) -> Result<()> {
     let _time = time(Op::Lora).work(|| {
-        let of = |(rows, LoraPart { a, b, .. }): &(Range<usize>, LoraPart)| {
-            let elements: usize = [a, b].iter().map(|m| m.shape().iter().product::<usize>()).sum();
-            (a.num_bytes() + b.num_bytes(), 2 * rows.len() * elements)
-        };
+        let of = |(rows, part): &(Range<usize>, LoraPart)| part.work(rows.len());
         segments.iter().map(of).fold((0, 0), |sum, part| (sum.0 + part.0, sum.1 + part.1))
     });
     output.inplace_op2(&x.contiguous()?, &AddRows { segments })
@@ -245,14 +257,14 @@ impl InplaceOp2 for AddRows {
             return Err(mismatch(NAME, "the output is not f32"));
         };
         let mut segments = Vec::with_capacity(self.segments.len());
-        for (range, LoraPart { a, b, scale }) in &self.segments {
+        for (range, part) in &self.segments {
             if range.end > rows.min(x_rows) {
                 return Err(mismatch(NAME, &format!("rows {range:?} lie outside the batch")));
             }
-            if a.shape()[1] != in_features || b.shape()[0] != out_features {
+            if part.shape() != [out_features, in_features] {
                 return Err(mismatch(NAME, "x, A and B do not fit each other"));
             }
-            segments.push(LoraSegment { rows: range.clone(), a, b, scale: *scale });
+            segments.push(part.segment(range.clone()));
         }
         let features = (in_features, out_features);
         add_lora(best(), x, &segments, features, &mut output[start..end]);

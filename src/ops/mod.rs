@@ -25,6 +25,7 @@ pub mod profile;
 pub mod rms_norm;
 pub mod rope;
 pub mod seed;
+pub mod served;
 pub mod soft_cap;
 pub mod storage;
 pub mod weight;

@@ -12,8 +12,8 @@ use proptest::prelude::*;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tunesmith::kernels::{
-    GROUP, Kernels, LoraSegment, MatmulJob, PackedWeight, RmsNormGradient, WeightForm, add_lora,
-    all, best,
+    GROUP, Kernels, LoraOutput, LoraSegment, MatmulJob, PackedWeight, RmsNormGradient, WeightForm,
+    add_lora, add_loras, all, best,
 };
 
 fn random(rng: &mut ChaCha8Rng, count: usize) -> Vec<f32> {
@@ -63,6 +63,21 @@ fn product(a: &[f32], b: &[f32], k: usize) -> Vec<f32> {
         a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
     };
     a.chunks(k).flat_map(|a| b.chunks(k).map(move |b| dot(a, b) as f32)).collect()
+}
+
+/// The adapters, each on so many rows.
+fn adapted<'a>(
+    counts: &[usize],
+    adapters: &'a [(PackedWeight, Option<PackedWeight>)],
+) -> Vec<LoraSegment<'a>> {
+    let mut segments = Vec::new();
+    let mut start = 0;
+    for (count, (a, b)) in counts.iter().zip(adapters) {
+        let rows = start..start + count;
+        start += count;
+        segments.extend(b.as_ref().map(|b| LoraSegment { rows, a, b, scale: 0.5 }));
+    }
+    segments
 }
 
 proptest! {
@@ -202,6 +217,47 @@ proptest! {
                 }
             }
             prop_assert!(difference(&together, &expected) < 2e-5, "{}", table.name);
+        }
+    }
+
+    #[test]
+    fn outputs_that_are_added_to_together_get_the_bits_that_each_gets_alone(
+        counts in prop::collection::vec(0_usize..25, 1..5),
+        outputs in prop::collection::vec((1_usize..150, 0_usize..40), 1..4),
+        k in 1_usize..1300, seed in any::<u64>(),
+    ) {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let rows: usize = counts.iter().sum();
+        let x = random(&mut rng, rows * k);
+        let forms = [WeightForm::F32, WeightForm::Bf16, WeightForm::F16];
+        let mut adapters = Vec::new();
+        for (n, rank) in &outputs {
+            let mut of_output = Vec::new();
+            for index in 0..counts.len() {
+                // Every other adapter has a rank of its own; one has none of this output.
+                let rank = rank + 3 * (index % 2);
+                let a = PackedWeight::from_f32(forms[index % 3], &random(&mut rng, rank * k), k);
+                let b = random(&mut rng, n * rank);
+                let b = (rank > 0).then(|| PackedWeight::from_f32(forms[index % 3], &b, rank));
+                of_output.push((a, b));
+            }
+            adapters.push((random(&mut rng, rows * n), of_output));
+        }
+        for (table, threads) in all().into_iter().flat_map(|table| [(table, 1), (table, 2)]) {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let mut together: Vec<_> = adapters.iter().map(|(before, _)| before.clone()).collect();
+            let mut alone = together.clone();
+            let mut all_outputs = Vec::new();
+            for ((out, (n, _)), (_, of_output)) in together.iter_mut().zip(&outputs).zip(&adapters) {
+                all_outputs.push(LoraOutput { out, out_features: *n, segments: adapted(&counts, of_output) });
+            }
+            pool.install(|| add_loras(table, &x, k, &mut all_outputs));
+            for ((out, (n, _)), (_, of_output)) in alone.iter_mut().zip(&outputs).zip(&adapters) {
+                for segment in adapted(&counts, of_output) {
+                    add_lora(table, &x, &[segment], (k, *n), out);
+                }
+            }
+            prop_assert_eq!(together, alone, "{}", table.name);
         }
     }
 
