@@ -27,6 +27,7 @@ mod progress;
 mod pull;
 pub mod serve;
 mod settings;
+mod speed;
 mod stop_signal;
 mod train;
 
