@@ -22,7 +22,7 @@ use anyhow::Context;
 
 pub(super) use self::args::TrainArgs;
 use self::{
-    data::{DataReader, file_layer, say_overlap},
+    data::{DataReader, FileLayer, file_layer, say_overlap},
     examiner::EngineExaminer,
     figures::Figures,
     forecast::{dry_run, fit_free_memory, fit_memory, say_packing},
@@ -141,9 +141,15 @@ fn publish_figures(
 
 /// The settings of all layers, and whether to validate at the end of each epoch.
 fn read_settings(args: &TrainArgs, say: &dyn Fn(&str)) -> anyhow::Result<(TrainConfig, bool)> {
-    let Some(path) = args.config.as_deref() else { return Ok((layered(None, args)?, false)) };
-    let (layer, eval_each_epoch) = file_layer(path, args.objective.as_deref(), say)?;
-    Ok((layered(Some((path, layer)), args)?, eval_each_epoch))
+    let file = args.config.as_deref();
+    let layer = file.map(|path| file_layer(path, args.objective.as_deref(), say)).transpose()?;
+    let FileLayer { settings, assumed, eval_each_epoch } = layer.unwrap_or_default();
+    // What another trainer takes for granted nobody has asked for.
+    let mut stated = settings.clone();
+    stated.retain(|key, _| !assumed.contains(key));
+    let (_, given) = layered::<TrainConfig>(file.map(|path| (path, stated)), args)?;
+    let (config, _) = layered(file.map(|path| (path, settings)), args)?;
+    Ok((TrainConfig { given, ..config }, eval_each_epoch))
 }
 
 /// One event as a line of JSON.
