@@ -82,6 +82,8 @@ pub fn init_tracing() {
         .with_env_filter(EnvFilter::new(filter))
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal())
+        // Else a log that cannot be written is a panic.
+        .log_internal_errors(false)
         .with_target(false);
     let json = std::env::var("TUNESMITH_LOG_FORMAT").is_ok_and(|format| format == "json");
     // An error only says that somebody has set a subscriber before, which then stays.

@@ -61,9 +61,10 @@ fn apply(
     add_rows(&output, &update, rows)
 }
 
-/// Of the rows of `W + scale * B A`, as they are now; a frozen module's are computed once.
+/// Of the rows of `W + scale * B A`, as they are now; a frozen module's are computed once for
+/// its first base, and over another one in each pass, as PEFT does.
 pub(super) fn norms(module: &LoraModule, weight: &Weight) -> candle_core::Result<Tensor> {
-    module.once(|| {
+    module.once(weight, || {
         let [a, b] = module.matrices()?;
         dora::row_norms(weight, &a, &b, module.scale)
     })

@@ -95,7 +95,7 @@ impl LoraAdapter {
     ) -> Result<Self, AdapterError> {
         let planned = config.plan(model)?;
         let variant = variant::find(&config.variant).unwrap_or(&VARIANTS[0]);
-        let shares = tables::wanted(&config.modules_to_save, &config.token_ids, model)?;
+        let shares = tables::wanted(config, model)?;
         let needs_base = |field, value: &str| AdapterError::InvalidSetting {
             field,
             value: value.to_owned(),
@@ -173,7 +173,7 @@ impl LoraAdapter {
     }
 
     /// Computes what follows from the base's weights, so that the first request does not wait for it.
-    /// A frozen adapter belongs to the first base that it meets.
+    /// Over another base than the first it is computed in each pass.
     ///
     /// # Errors
     /// A failed tensor operation.

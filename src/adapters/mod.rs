@@ -19,6 +19,7 @@ mod plain;
 mod plan;
 mod registry;
 mod site;
+mod size;
 mod tables;
 mod variant;
 
@@ -30,4 +31,5 @@ pub use merge::{merged_weights, write_weights};
 pub use module::LoraModule;
 pub use plan::LoraConfig;
 pub use registry::{AdapterRegistry, AdapterVersion};
+pub use size::AdapterSize;
 pub use variant::variant_names;

@@ -9,7 +9,10 @@ use super::{
     variant::Variant,
 };
 use crate::model::Site;
-use crate::ops::lora::LoraPart;
+use crate::ops::{
+    lora::LoraPart,
+    weight::{Weight, WeightIdentity},
+};
 
 /// One projection's part of an adapter.
 #[derive(Debug)]
@@ -17,8 +20,8 @@ pub struct LoraModule {
     matrices: Matrices,
     vector: Option<Tensor>,
     variant: &'static Variant,
-    /// What follows from the base's weight; of a frozen module only, for one base.
-    followed: OnceLock<Tensor>,
+    /// What follows from a base's weight, of a frozen module.
+    followed: OnceLock<(WeightIdentity, Tensor)>,
     /// What the product is multiplied by: `alpha / r`, or `alpha / sqrt(r)` with rsLoRA.
     pub scale: f64,
     /// Alpha as configured.
@@ -143,14 +146,21 @@ impl LoraModule {
         }
     }
 
-    /// What `compute` says; of a frozen module it is asked once.
-    pub(super) fn once(&self, compute: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
-        if let Some(known) = self.followed.get() {
+    /// What `compute` says of the base's `weight`. A frozen module remembers it for the first that it meets.
+    pub(super) fn once(
+        &self,
+        weight: &Weight,
+        compute: impl FnOnce() -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        if let Some((first, known)) = self.followed.get()
+            && weight.is(first)
+        {
             return Ok(known.clone());
         }
         let computed = compute()?;
         if self.part().is_some() {
-            return Ok(self.followed.get_or_init(|| computed).clone());
+            // Of another base it stays as it is.
+            let _ = self.followed.set((weight.identity(), computed.clone()));
         }
         Ok(computed)
     }

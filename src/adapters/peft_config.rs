@@ -13,7 +13,7 @@ use super::{
     AdapterError,
     peft_fields::{Fields, Modules, TokenRows, refuse_unsupported},
     site::site_key,
-    tables::{Share, Shares, table_named},
+    tables::{self, Share, Shares, table_named},
     variant::{VARIANTS, Variant},
 };
 use crate::model::{ModelConfig, Site, Table};
@@ -41,6 +41,7 @@ pub(super) struct PeftConfig {
     pattern_keys: BTreeMap<&'static str, Vec<String>>,
     pub(super) variant: &'static Variant,
     modules_to_save: Vec<String>,
+    ensure_weight_tying: bool,
     token_rows: Vec<TokenRows>,
 }
 
@@ -78,6 +79,7 @@ impl PeftConfig {
                 .into(),
             variant: variant(&fields)?,
             modules_to_save: fields.names("modules_to_save")?,
+            ensure_weight_tying: fields.flag("ensure_weight_tying")?,
             token_rows: fields.token_rows()?,
         })
     }
@@ -130,6 +132,9 @@ impl PeftConfig {
         for name in &self.modules_to_save {
             shares.insert(table(name)?, Share::Whole);
         }
+        if self.ensure_weight_tying {
+            tables::tie(&mut shares, model);
+        }
         for (name, ids) in &self.token_rows {
             let table = name.as_deref().map_or(Ok(Table::Embedding), table)?;
             let unknown = ids.iter().find(|id| **id as usize >= model.vocab_size);
@@ -147,6 +152,17 @@ impl PeftConfig {
                 return Err(AdapterError::UnsupportedField {
                     field: "trainable_token_indices".to_owned(),
                     value: format!("{name:?} beside `modules_to_save`"),
+                });
+            }
+        }
+        if self.ensure_weight_tying && model.tie_word_embeddings {
+            let rows = [Table::Embedding, Table::Head].map(|table| shares.get(&table));
+            if let [Some(Share::Rows(embedding)), Some(Share::Rows(head))] = rows
+                && embedding != head
+            {
+                return Err(AdapterError::UnsupportedField {
+                    field: "ensure_weight_tying".to_owned(),
+                    value: "true with other tokens of the head than of the embedding".to_owned(),
                 });
             }
         }

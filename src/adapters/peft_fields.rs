@@ -14,7 +14,6 @@ const HARMLESS: &[&str] = &[
     "auto_mapping",
     "base_model_name_or_path",
     "corda_config",
-    "ensure_weight_tying",
     "eva_config",
     "inference_mode",
     "loftq_config",
@@ -32,6 +31,7 @@ const HARMLESS: &[&str] = &[
 const HONOURED: &[&str] = &[
     "alpha_pattern",
     "bias",
+    "ensure_weight_tying",
     "exclude_modules",
     "init_lora_weights",
     "layers_pattern",

@@ -41,6 +41,8 @@ pub struct LoraConfig {
     pub exclude: Vec<String>,
     /// Tables that are trained whole: "embed_tokens", "lm_head".
     pub modules_to_save: Vec<String>,
+    /// Where the base has one matrix for embedding and head, keep it one when a table is trained whole.
+    pub ensure_weight_tying: bool,
     /// Tokens whose row of the embedding is trained, and of the head.
     pub token_ids: Vec<u32>,
     /// Of these, tokens whose rows start as the mean of others' rows instead of their own.
@@ -62,6 +64,7 @@ impl Default for LoraConfig {
             layers: Vec::new(),
             exclude: Vec::new(),
             modules_to_save: Vec::new(),
+            ensure_weight_tying: false,
             token_ids: Vec::new(),
             token_starts: BTreeMap::new(),
         }
@@ -159,7 +162,8 @@ impl LoraConfig {
 
 impl LoraAdapter {
     /// Checks that an adapter that is to be trained on is the one that `wanted` describes, as far as
-    /// `wanted` differs from `defaults`: what was left as it is by default is the adapter's.
+    /// `wanted` differs from `defaults` or somebody has asked for it: `given` has the names of the settings
+    /// of a run, such as `rank`. What was left as it is by default is the adapter's.
     ///
     /// # Errors
     /// `OtherSetting` with both values.
@@ -167,38 +171,52 @@ impl LoraAdapter {
         &self,
         wanted: &LoraConfig,
         defaults: &LoraConfig,
+        given: &BTreeSet<String>,
     ) -> Result<(), AdapterError> {
         let differs = |field, has: String, wants: String| {
             Err(AdapterError::OtherSetting { field, has, wants })
         };
         let modules = || self.modules().iter();
-        if wanted.rank != defaults.rank
+        let given = |field| given.contains(field);
+        if (given("rank") || wanted.rank != defaults.rank)
             && let Some((_, module)) = modules().find(|(_, module)| module.rank() != wanted.rank)
         {
             return differs("rank", module.rank().to_string(), wanted.rank.to_string());
         }
-        if wanted.alpha != defaults.alpha
+        if (given("alpha") || wanted.alpha != defaults.alpha)
             && let Some((_, module)) = modules().find(|(_, module)| module.alpha != wanted.alpha)
         {
             return differs("alpha", module.alpha.to_string(), wanted.alpha.to_string());
         }
-        if wanted.use_rslora && !self.use_rslora {
-            return differs("rslora", "false".to_owned(), "true".to_owned());
+        if (given("rslora") || wanted.use_rslora) && wanted.use_rslora != self.use_rslora {
+            let (has, wants) = (self.use_rslora.to_string(), wanted.use_rslora.to_string());
+            return differs("rslora", has, wants);
         }
-        if wanted.variant != defaults.variant && wanted.variant != self.variant.name {
+        if (given("variant") || wanted.variant != defaults.variant)
+            && wanted.variant != self.variant.name {
             return differs("variant", self.variant.name.to_owned(), wanted.variant.clone());
         }
-        if wanted.targets != defaults.targets
-            && let Some((site, _)) =
-                modules().find(|(site, _)| !wanted.targets.contains(&site.projection))
-        {
-            let wants = wanted.targets.iter().map(|target| target.name()).collect::<Vec<_>>();
-            return differs("targets", site.projection.name().to_owned(), wants.join(", "));
+        if given("targets") || wanted.targets != defaults.targets {
+            let names = |has: &dyn Fn(&Projection) -> bool| {
+                let named = Projection::ALL.iter().filter(|projection| has(projection));
+                named.map(|projection| projection.name()).collect::<Vec<_>>().join(", ")
+            };
+            let has = names(&|of| modules().any(|(site, _)| site.projection == *of));
+            let wants = names(&|of| wanted.targets.contains(of));
+            if has != wants {
+                return differs("targets", has, wants);
+            }
         }
         let [rows, whole] = self.tables().described();
         let wants_rows = ids(&wanted.token_ids);
         if !wanted.token_ids.is_empty() && wants_rows != rows {
             return differs("train_tokens", rows, wants_rows);
+        }
+        if (given("ensure_weight_tying") || wanted.ensure_weight_tying)
+            && wanted.ensure_weight_tying != self.tables().is_tied()
+        {
+            let (has, wants) = (self.tables().is_tied(), wanted.ensure_weight_tying);
+            return differs("ensure_weight_tying", has.to_string(), wants.to_string());
         }
         let wants_whole = wanted.modules_to_save.join(", ");
         if !wanted.modules_to_save.is_empty() && wants_whole != whole {

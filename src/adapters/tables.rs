@@ -9,7 +9,7 @@ use std::{
 use candle_core::{DType, Device, Tensor, Var};
 use serde_json::{Map, Value, json};
 
-use super::AdapterError;
+use super::{AdapterError, LoraConfig};
 use crate::model::{Decoder, ModelConfig, OwnTable, Table};
 use crate::ops::{
     embedding::embedding,
@@ -26,6 +26,9 @@ const NAMES: [(Table, &str, &str); 2] =
 pub(super) enum Share {
     Whole,
     Rows(Arc<[u32]>),
+    /// The head of a base that has one matrix for both, where the embedding is trained whole and the head is
+    /// to stay the embedding (PEFT's `ensure_weight_tying`). The file has the matrix under both names.
+    Tied,
 }
 
 /// What is trained of each table.
@@ -37,6 +40,8 @@ pub(super) struct Tables {
     own: BTreeMap<Table, OwnTable>,
     /// The head is the embedding, so it has the embedding's rows.
     head_follows: bool,
+    /// And the whole of it.
+    is_tied: bool,
 }
 
 impl Tables {
@@ -59,6 +64,16 @@ impl Tables {
                 let (expected, found) = (expected.to_vec(), tensor.dims().to_vec());
                 return Err(AdapterError::WrongShape { tensor: name, expected, found });
             }
+            if *share == Share::Tied {
+                let embedding: Option<&OwnTable> = own.get(&Table::Embedding);
+                if !embedding.is_some_and(|own| is_tensor(own, &tensor)) {
+                    return Err(AdapterError::UnsupportedField {
+                        field: "ensure_weight_tying".to_owned(),
+                        value: format!("true beside a `{name}` of its own"),
+                    });
+                }
+                continue;
+            }
             if let Some(variables) = &mut variables {
                 let variable = Var::from_tensor(&tensor)?;
                 tensor = variable.as_tensor().clone();
@@ -67,24 +82,34 @@ impl Tables {
             let table_of_own = match share {
                 Share::Rows(ids) => OwnTable::Rows { ids: Arc::clone(ids), values: tensor },
                 Share::Whole if variables.is_some() => OwnTable::Whole(Weight::Plain(tensor)),
-                Share::Whole => OwnTable::Whole(Weight::pack_tensor(Precision::Exact, &tensor)?),
+                Share::Whole | Share::Tied => {
+                    OwnTable::Whole(Weight::pack_tensor(Precision::Exact, &tensor)?)
+                }
             };
             own.insert(*table, table_of_own);
         }
-        Ok(Self { own, head_follows: model.tie_word_embeddings })
+        let is_tied = shares.get(&Table::Head) == Some(&Share::Tied);
+        Ok(Self { own, head_follows: model.tie_word_embeddings, is_tied })
     }
 
     /// What stands in place of `table`.
     pub(super) fn get(&self, table: Table) -> Option<&OwnTable> {
-        let follows = table == Table::Head && self.head_follows;
-        let embedding = self.own.get(&Table::Embedding).filter(|own| is_rows(own) && follows);
+        let follows = |own: &OwnTable| {
+            table == Table::Head && self.head_follows && (is_rows(own) || self.is_tied)
+        };
+        let embedding = self.own.get(&Table::Embedding).filter(|own| follows(own));
         self.own.get(&table).or(embedding)
     }
 
     /// Whether the head is another matrix than the embedding although the base has one for both.
     pub(super) fn unties(&self) -> bool {
         let whole = self.own.values().any(|own| !is_rows(own));
-        self.head_follows && (whole || self.own.contains_key(&Table::Head))
+        self.head_follows && !self.is_tied && (whole || self.own.contains_key(&Table::Head))
+    }
+
+    /// Whether embedding and head are one matrix that is trained whole.
+    pub(super) fn is_tied(&self) -> bool {
+        self.is_tied
     }
 
     /// The tensors by their names in the file, f32.
@@ -98,11 +123,16 @@ impl Tables {
                 }
             });
         }
+        if self.is_tied
+            && let Some(OwnTable::Whole(weight)) = self.own.get(&Table::Embedding)
+        {
+            named.push((tensor_name(Table::Head, &Share::Tied), plain(weight)?));
+        }
         Ok(named)
     }
 
-    /// `trainable_token_indices` and `modules_to_save` of adapter_config.json.
-    pub(super) fn peft_fields(&self) -> [(&'static str, Value); 2] {
+    /// `trainable_token_indices`, `modules_to_save` and `ensure_weight_tying` of adapter_config.json.
+    pub(super) fn peft_fields(&self) -> [(&'static str, Value); 3] {
         let mut rows = Map::new();
         let mut whole = Vec::new();
         for (table, own) in &self.own {
@@ -117,6 +147,7 @@ impl Tables {
         [
             ("trainable_token_indices", null_if(rows.is_empty(), Value::Object(rows))),
             ("modules_to_save", null_if(whole.is_empty(), json!(whole))),
+            ("ensure_weight_tying", json!(self.is_tied)),
         ]
     }
 
@@ -202,7 +233,7 @@ pub(super) fn start(
     for (table, share) in shares {
         let base = decoder.table(*table);
         let tensor = match share {
-            Share::Whole => plain(base)?,
+            Share::Whole | Share::Tied => plain(base)?,
             Share::Rows(ids) => {
                 let rows =
                     ids.iter().map(|id| match token_starts.get(id).filter(|p| !p.is_empty()) {
@@ -217,13 +248,18 @@ pub(super) fn start(
     Ok(tensors)
 }
 
+/// Where `shares` have a table whole and the base has one matrix for both, that stays one, whichever of the
+/// two was named: `ensure_weight_tying`.
+pub(super) fn tie(shares: &mut Shares, model: &ModelConfig) {
+    if model.tie_word_embeddings && shares.values().any(|share| *share == Share::Whole) {
+        *shares = [(Table::Embedding, Share::Whole), (Table::Head, Share::Tied)].into();
+    }
+}
+
 /// What settings ask for: whole tables by name, and rows of the embedding and, where it is another
 /// matrix, of the head.
-pub(super) fn wanted(
-    modules_to_save: &[String],
-    token_ids: &[u32],
-    model: &ModelConfig,
-) -> Result<Shares, AdapterError> {
+pub(super) fn wanted(config: &LoraConfig, model: &ModelConfig) -> Result<Shares, AdapterError> {
+    let LoraConfig { modules_to_save, token_ids, ensure_weight_tying, .. } = config;
     let mut shares = Shares::new();
     for name in modules_to_save {
         let Some(table) = table_named(name) else {
@@ -234,6 +270,9 @@ pub(super) fn wanted(
             });
         };
         shares.insert(table, Share::Whole);
+    }
+    if *ensure_weight_tying {
+        tie(&mut shares, model);
     }
     if !token_ids.is_empty() {
         let ids: Arc<[u32]> = BTreeSet::from_iter(token_ids.iter().copied()).into_iter().collect();
@@ -269,17 +308,25 @@ fn path(table: Table) -> &'static str {
 fn tensor_name(table: Table, share: &Share) -> String {
     let path = path(table);
     let tensor = match share {
-        Share::Whole => "weight",
+        Share::Whole | Share::Tied => "weight",
         Share::Rows(_) => "token_adapter.trainable_tokens_delta",
     };
     format!("base_model.model.{path}.{tensor}")
 }
 
-fn shape(share: &Share, model: &ModelConfig) -> [usize; 2] {
+pub(super) fn shape(share: &Share, model: &ModelConfig) -> [usize; 2] {
     match share {
-        Share::Whole => [model.vocab_size, model.hidden_size],
+        Share::Whole | Share::Tied => [model.vocab_size, model.hidden_size],
         Share::Rows(ids) => [ids.len(), model.hidden_size],
     }
+}
+
+/// Whether `own` is this table, number by number.
+fn is_tensor(own: &OwnTable, tensor: &Tensor) -> bool {
+    let values = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
+    let OwnTable::Whole(weight) = own else { return false };
+    let own = plain(weight).and_then(|own| values(&own));
+    own.is_ok_and(|own| values(tensor).is_ok_and(|other| other == own))
 }
 
 fn is_rows(own: &OwnTable) -> bool {

@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use serde_json::{Map, Value, json};
 
-use super::common::load_model;
+use super::{common::load_model, output::Stdout};
 use crate::adapters::{AdapterRegistry, AdapterVersion};
 use crate::engine::{
     self, EngineConfig, EngineError, EngineHandle, GenerationEvent, GenerationRequest,
@@ -83,7 +83,7 @@ fn converse(conversation: &mut Conversation) -> anyhow::Result<()> {
     let mut lines = io::stdin().lock().lines();
     loop {
         print!("> ");
-        io::stdout().flush()?;
+        Stdout(io::stdout()).flush()?;
         let Some(line) = lines.next().transpose()? else {
             println!();
             return Ok(());
@@ -170,7 +170,7 @@ impl Conversation {
         let prompt = self.tokenizer.encode(&prompt, false)?;
         let mut detokenizer = Detokenizer::new(Arc::clone(&self.tokenizer), &prompt);
         let mut stream = self.start(prompt)?;
-        let mut out = io::stdout().lock();
+        let mut out = Stdout(io::stdout());
         let mut answer = String::new();
         let mut show = |piece: String| -> io::Result<()> {
             answer.push_str(&piece);

@@ -14,7 +14,10 @@ use clap::{Args, Subcommand};
 use indicatif::{BinaryBytes, HumanDuration};
 use serde_json::Value;
 
-use super::client::{Client, ServerArgs, escaped};
+use super::{
+    client::{Client, ServerArgs, escaped},
+    output::Stdout,
+};
 use crate::jobs::unix_seconds;
 
 /// Upload, list and fetch files of a running server
@@ -114,7 +117,7 @@ fn download(client: &Client, id: &str, output: Option<&PathBuf>) -> anyhow::Resu
             io::copy(&mut content, &mut target).with_context(context)?;
         }
         None => {
-            let mut target = io::stdout().lock();
+            let mut target = Stdout(io::stdout());
             io::copy(&mut content, &mut target)?;
             target.flush()?;
         }

@@ -2,9 +2,10 @@
 
 use std::{fs, io, path::Path};
 
+use crate::adapters::{AdapterSize, LoraAdapter};
 use crate::data::Example;
 use crate::model::{ModelConfig, Projection, Quantization, Recompute};
-use crate::train::{BatchPlan, Method, TrainConfig, num_workers};
+use crate::train::{BatchPlan, Method, TrainConfig, TrainError, num_workers};
 
 const F32: usize = 4;
 /// Steps of the first epoch whose micro-batches are looked at.
@@ -33,20 +34,21 @@ impl Memory {
     ) -> io::Result<Self> {
         /// Values, gradient of a pass, their sum, first and second moment.
         const COPIES: usize = 5;
-        let projections = config.targets.projections().unwrap_or_default();
-        let (weights, trained) = match config.method {
-            Method::Lora => (
-                weight_bytes(dir, model, config.quantize)?,
-                adapter_parameters(model, config, &projections),
-            ),
-            Method::Full => (0, num_parameters(model)),
+        let (weights, adapter) = match config.method {
+            Method::Lora => {
+                let adapter = adapter_size(model, config).map_err(io::Error::other)?;
+                (weight_bytes(dir, model, config.quantize)?, adapter)
+            }
+            Method::Full => {
+                let num_parameters = num_parameters(model);
+                (0, AdapterSize { num_parameters, ranks: 0, apart: 0 })
+            }
         };
         let workers = num_workers(num_parameters(model));
         // Results of passes that wait to be summed: one per worker.
         let copies = COPIES + if workers > 1 { 2 * workers } else { 0 };
         let (tokens, passes) = tokens_at_once(config, examples, workers);
-        let adapted = if config.method == Method::Lora { &projections[..] } else { &[] };
-        let layer = layer_floats(model, adapted, config);
+        let layer = layer_floats(model, adapter);
         let floats = match Recompute::from(config.recompute) {
             // A layer's graph twice for the one that is passed: its gradients.
             Recompute::None => layer * (model.num_layers + 1),
@@ -54,7 +56,7 @@ impl Memory {
         };
         Ok(Self {
             weights,
-            adapter: (trained * F32 * copies) as u64,
+            adapter: (adapter.num_parameters * F32 * copies) as u64,
             activations: ((tokens * floats + passes * logits(model, tokens / passes)) * F32) as u64,
         })
     }
@@ -93,18 +95,15 @@ pub(super) fn free() -> Option<u64> {
     Some(group.map_or(machine, |(limit, used)| machine.min(limit.saturating_sub(used))))
 }
 
-/// Numbers that the graph of a layer holds of a token, with adapters as in `config` on `adapted`.
-fn layer_floats(model: &ModelConfig, adapted: &[Projection], config: &TrainConfig) -> usize {
+/// Numbers that the graph of a layer holds of a token, in the mean of all layers.
+fn layer_floats(model: &ModelConfig, adapter: AdapterSize) -> usize {
     let kv = model.num_kv_heads * model.head_dim;
     let queries = model.num_heads * model.head_dim;
     // Input and output, two norms, what comes out of the two blocks, and the sum between them; q and k before
     // and after their rotation, v, what comes out of attention; gate, up and their product.
     let base = 7 * model.hidden_size + 3 * queries + 3 * kv + 3 * model.intermediate_size;
-    let outputs = adapted.iter().map(|projection| model.projection_shape(*projection).1);
     // Plain LoRA is one operation with its projection and keeps x A; others are several, each with an output.
-    let is_plain = config.variant == TrainConfig::default().variant;
-    let apart = if is_plain { 0 } else { 4 * outputs.sum::<usize>() };
-    base + adapted.len() * config.rank + apart
+    base + (adapter.ranks + 4 * adapter.apart).div_ceil(model.num_layers)
 }
 
 /// Numbers of the logits that a pass over `tokens` holds at a time.
@@ -130,15 +129,12 @@ fn tokens_at_once(config: &TrainConfig, examples: &[Example], workers: usize) ->
     (0..plan.steps_per_epoch().min(MAX_STEPS)).map(of_step).max().unwrap_or((0, 1))
 }
 
-fn adapter_parameters(
-    model: &ModelConfig,
-    config: &TrainConfig,
-    projections: &[Projection],
-) -> usize {
-    let shapes = projections.iter().map(|projection| model.projection_shape(*projection));
-    let per_layer: usize = shapes.map(|(inputs, outputs)| config.rank * (inputs + outputs)).sum();
-    let tables = config.modules_to_save.len() * model.vocab_size + 2 * config.train_tokens.len();
-    per_layer * model.num_layers + tables * model.hidden_size
+/// Of the adapter that is made, or that is gone on from.
+fn adapter_size(model: &ModelConfig, config: &TrainConfig) -> Result<AdapterSize, TrainError> {
+    Ok(match &config.init_adapter {
+        Some(dir) => LoraAdapter::read(dir, model, false)?.size(model),
+        None => config.lora()?.size(model)?,
+    })
 }
 
 fn num_parameters(model: &ModelConfig) -> usize {

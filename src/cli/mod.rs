@@ -2,6 +2,10 @@
 #![allow(clippy::print_stdout)]
 #![allow(rustdoc::broken_intra_doc_links, reason = "help texts write [@revision]")]
 
+// First: its macros are for all that follow.
+#[macro_use]
+mod output;
+
 mod bench;
 mod bundle;
 mod chat;
@@ -23,6 +27,7 @@ mod progress;
 mod pull;
 pub mod serve;
 mod settings;
+mod speed;
 mod stop_signal;
 mod train;
 
@@ -81,8 +86,13 @@ pub fn main() -> ExitCode {
         Command::Jobs(args) => jobs::run(&args),
         Command::Bundle(args) => bundle::run(&args),
     };
-    result.unwrap_or_else(|error| {
+    let code = result.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
         ExitCode::FAILURE
-    })
+    });
+    if let Some(reason) = output::fault() {
+        eprintln!("error: standard output: {reason}");
+        return ExitCode::FAILURE;
+    }
+    code
 }

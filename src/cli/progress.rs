@@ -7,21 +7,18 @@ use std::{
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::train::forecast::Forecast;
+use super::{speed::Speed, train::forecast::Forecast};
 use crate::train::TrainEvent;
 
 /// Plain lines come at most this often.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
-/// Steps over which the speed is averaged, about.
-const SPEED_MEMORY: f64 = 20.0;
 
 /// Shows a run's events.
 pub(super) struct Progress {
     /// The bar; `None` where nobody looks at a terminal.
     bar: Option<ProgressBar>,
     total_steps: usize,
-    /// Running means of a step's tokens and seconds.
-    speed: Option<(f64, f64)>,
+    speed: Speed,
     last_line: Option<Instant>,
     forecast: Forecast,
 }
@@ -34,7 +31,7 @@ impl Progress {
             let style = ProgressStyle::with_template(template);
             ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         });
-        Self { bar, total_steps: 0, speed: None, last_line: None, forecast: Forecast::default() }
+        Self { bar, total_steps: 0, speed: Speed::default(), last_line: None, forecast: Forecast::default() }
     }
 
     /// Shows one event.
@@ -45,6 +42,7 @@ impl Progress {
         match event {
             TrainEvent::Started { step, total_steps, num_trained_parameters, .. } => {
                 self.total_steps = *total_steps;
+                self.speed = Speed::default();
                 if let Some(bar) = &self.bar {
                     bar.set_length(*total_steps as u64);
                     bar.set_position(*step as u64);
@@ -114,9 +112,10 @@ impl Progress {
         else {
             return;
         };
-        let (tokens, duration) = self.average(*num_tokens as f64, *seconds);
-        let left = Duration::from_secs_f64(duration * (self.total_steps - step) as f64);
-        let speed = tokens / duration.max(1e-9);
+        self.speed.add(*num_tokens, *seconds);
+        let per_step = self.speed.seconds_per_step().unwrap_or(*seconds);
+        let left = Duration::from_secs_f64(per_step * (self.total_steps - step) as f64);
+        let speed = self.speed.tokens_per_second().unwrap_or_default();
         let eta = indicatif::HumanDuration(left);
         if let Some(bar) = &self.bar {
             bar.set_position(*step as u64);
@@ -133,17 +132,6 @@ impl Progress {
                 self.total_steps
             );
         }
-    }
-
-    /// Adds a step to the running means of tokens and seconds.
-    fn average(&mut self, tokens: f64, seconds: f64) -> (f64, f64) {
-        let follow = |mean: f64, value: f64| mean + (value - mean) / SPEED_MEMORY;
-        let speed = match self.speed {
-            None => (tokens, seconds),
-            Some((t, s)) => (follow(t, tokens), follow(s, seconds)),
-        };
-        self.speed = Some(speed);
-        speed
     }
 
     fn say(&self, line: &str) {

@@ -2,13 +2,13 @@
 //! In the texts of a file `${NAME}` is a variable of the environment.
 #![allow(clippy::wildcard_enum_match_arm, reason = "JSON will have no more than its six kinds")]
 
-use std::path::Path;
+use std::{collections::BTreeSet, path::Path};
 
 use anyhow::Context;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
-/// Puts the layers on top of each other. `S` is a plain struct whose `Default` has every key and
+/// Puts the layers on top of each other; returns the settings and the keys that a layer has. `S` is a plain struct whose `Default` has every key and
 /// which refuses unknown ones; `file` is the name and the keys of a YAML file; `flags` serializes the
 /// flags under the same keys, absent ones as null or false.
 ///
@@ -17,18 +17,20 @@ use serde_json::{Map, Value};
 pub(super) fn layered<S>(
     file: Option<(&Path, Map<String, Value>)>,
     flags: &impl Serialize,
-) -> anyhow::Result<S>
+) -> anyhow::Result<(S, BTreeSet<String>)>
 where
     S: Default + Serialize + DeserializeOwned,
 {
     let defaults = object(&S::default())?;
     let mut settings = defaults.clone();
+    let mut given = BTreeSet::new();
     let mut add = |source: &str, layer: Map<String, Value>| -> anyhow::Result<()> {
         for (key, value) in layer {
             // One key at a time, so that an error can say which.
             let alone = defaults.clone().into_iter().chain([(key.clone(), value.clone())]);
             serde_json::from_value::<S>(Value::Object(alone.collect()))
                 .with_context(|| format!("{source}: {key}"))?;
+            given.insert(key.clone());
             settings.insert(key, value);
         }
         Ok(())
@@ -38,7 +40,7 @@ where
     }
     add("environment", environment_layer(defaults.keys())?)?;
     add("flags", object(flags)?.into_iter().filter(|(_, value)| is_given(value)).collect())?;
-    Ok(serde_json::from_value(Value::Object(settings))?)
+    Ok((serde_json::from_value(Value::Object(settings))?, given))
 }
 
 fn object(settings: &impl Serialize) -> anyhow::Result<Map<String, Value>> {

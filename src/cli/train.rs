@@ -10,7 +10,6 @@ mod telemetry;
 mod vocabulary;
 
 use std::{
-    io::Write,
     process::ExitCode,
     sync::{
         Arc,
@@ -23,7 +22,7 @@ use anyhow::Context;
 
 pub(super) use self::args::TrainArgs;
 use self::{
-    data::{DataReader, file_layer, say_overlap},
+    data::{DataReader, FileLayer, file_layer, say_overlap},
     examiner::EngineExaminer,
     figures::Figures,
     forecast::{dry_run, fit_free_memory, fit_memory, say_packing},
@@ -31,7 +30,7 @@ use self::{
 };
 use super::{
     common::resolve_model,
-    limits,
+    limits, output,
     pause_signal::pause_on_signal,
     progress::Progress,
     settings::layered,
@@ -87,7 +86,11 @@ pub(super) fn run(args: &TrainArgs) -> anyhow::Result<ExitCode> {
     if args.events {
         let mut observer = |event: &TrainEvent| {
             figures.hear(event);
-            print_event(event, &stop);
+            print_event(event);
+            if args.leash && output::is_lost() {
+                // Who holds the leash reads the events.
+                stop.store(true, Ordering::Relaxed);
+            }
         };
         train(job, &mut observer, around, &stop)?;
         return Ok(ExitCode::SUCCESS);
@@ -138,21 +141,23 @@ fn publish_figures(
 
 /// The settings of all layers, and whether to validate at the end of each epoch.
 fn read_settings(args: &TrainArgs, say: &dyn Fn(&str)) -> anyhow::Result<(TrainConfig, bool)> {
-    let Some(path) = args.config.as_deref() else { return Ok((layered(None, args)?, false)) };
-    let (layer, eval_each_epoch) = file_layer(path, args.objective.as_deref(), say)?;
-    Ok((layered(Some((path, layer)), args)?, eval_each_epoch))
+    let file = args.config.as_deref();
+    let layer = file.map(|path| file_layer(path, args.objective.as_deref(), say)).transpose()?;
+    let FileLayer { settings, assumed, eval_each_epoch } = layer.unwrap_or_default();
+    // What another trainer takes for granted nobody has asked for.
+    let mut stated = settings.clone();
+    stated.retain(|key, _| !assumed.contains(key));
+    let (_, given) = layered::<TrainConfig>(file.map(|path| (path, stated)), args)?;
+    let (config, _) = layered(file.map(|path| (path, settings)), args)?;
+    Ok((TrainConfig { given, ..config }, eval_each_epoch))
 }
 
-/// One event as a line of JSON. When nobody reads them any more, the run is to stop.
-fn print_event(event: &TrainEvent, stop: &AtomicBool) {
+/// One event as a line of JSON.
+fn print_event(event: &TrainEvent) {
     if let TrainEvent::Warning { message } = event {
         eprintln!("warning: {message}");
     }
-    let line = serde_json::to_string(event).expect("an event is plain data") + "\n";
-    let mut output = std::io::stdout().lock();
-    if output.write_all(line.as_bytes()).and_then(|()| output.flush()).is_err() {
-        stop.store(true, Ordering::Relaxed);
-    }
+    println!("{}", serde_json::to_string(event).expect("an event is plain data"));
 }
 
 /// A run that can start, and who looks at what it makes.

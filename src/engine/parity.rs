@@ -1,4 +1,4 @@
-//! Does the engine say of an adapter what the trainer said? Each of the trainer's sequences is scored, and
+//! Does the engine say of an adapter, or of its own model, what the trainer said? Each of the trainer's sequences is scored, and
 //! the log-probabilities of its trained tokens are compared.
 
 use std::{sync::Arc, time::Duration};
@@ -58,7 +58,7 @@ impl Parity {
 /// [`EngineError`] if the engine takes no requests any more or breaks one off.
 pub fn compare<'a>(
     engine: &EngineHandle,
-    version: &Arc<AdapterVersion>,
+    version: Option<&Arc<AdapterVersion>>,
     sequences: impl IntoIterator<Item = TrainedSequence<'a>>,
     should_stop: &dyn Fn() -> bool,
 ) -> Result<Parity, EngineError> {
@@ -87,14 +87,14 @@ pub fn compare<'a>(
 
 fn submit(
     engine: &EngineHandle,
-    version: &Arc<AdapterVersion>,
+    version: Option<&Arc<AdapterVersion>>,
     tokens: &[u32],
     should_stop: &dyn Fn() -> bool,
 ) -> Result<GenerationStream, EngineError> {
     loop {
         let taken = engine.generate(GenerationRequest {
             prompt: tokens.to_vec(),
-            adapter: Some(Arc::clone(version)),
+            adapter: version.map(Arc::clone),
             sampling: SamplingParams::greedy(),
             max_tokens: 0,
             stop_token_ids: Vec::new(),

@@ -48,7 +48,9 @@ impl<'a> Asker<'a> {
         if text.len() > context.saturating_mul(MAX_BYTES_PER_TOKEN) {
             return Err(other(format!("the prompt does not fit the context of {context} tokens")));
         }
-        let prompt = parts.tokenizer.encode(&text, false).map_err(refused)?;
+        let tokenizer = AdapterVersion::tokenizer_of(version.as_ref(), &parts.tokenizer);
+        let prompt = tokenizer.encode(&text, false).map_err(refused)?;
+        let detokenizer = Detokenizer::new(Arc::clone(tokenizer), &prompt);
         let room = context.saturating_sub(prompt.len());
         if room == 0 {
             let used = prompt.len();
@@ -57,7 +59,7 @@ impl<'a> Asker<'a> {
             )));
         }
         let stream = self.submit(&GenerationRequest {
-            prompt: prompt.clone(),
+            prompt,
             adapter: version,
             sampling: SamplingParams {
                 temperature: sampling.temperature,
@@ -70,7 +72,7 @@ impl<'a> Asker<'a> {
             score_prompt: false,
             options: RequestOptions::default(),
         })?;
-        self.read(stream, &prompt)
+        self.read(stream, detokenizer)
     }
 
     /// Most tokens of an answer, whatever the context leaves.
@@ -94,9 +96,12 @@ impl<'a> Asker<'a> {
     }
 
     /// Reads an answer to its end. Dropping the stream early cancels it.
-    fn read(&self, mut stream: GenerationStream, prompt: &[u32]) -> Result<Reply, Fault> {
+    fn read(
+        &self,
+        mut stream: GenerationStream,
+        mut detokenizer: Detokenizer,
+    ) -> Result<Reply, Fault> {
         let parts = &self.service.parts;
-        let mut detokenizer = Detokenizer::new(Arc::clone(&parts.tokenizer), prompt);
         let mut text = String::new();
         let failed = |error: TextError| other(error.to_string());
         while let Some(event) = stream.blocking_next() {

@@ -90,8 +90,9 @@ fn ask(
 ) -> Result<EvalReport, JobsError> {
     let parts = &service.parts;
     let mut longest = 0;
+    let tokenizer = AdapterVersion::tokenizer_of(Some(version), &parts.tokenizer);
     for question in asked {
-        let tokens = parts.tokenizer.encode(&question.answer, false);
+        let tokens = tokenizer.encode(&question.answer, false);
         longest = longest.max(tokens.map_or(0, |tokens| tokens.len()));
     }
     let runner = Runner {

@@ -43,7 +43,7 @@ pub(super) fn compare(
         logprobs: &example.logprobs,
     });
     let engine = &service.parts.engine;
-    let parity = parity::compare(engine, version, sequences, &|| service.is_stopping());
+    let parity = parity::compare(engine, Some(version), sequences, &|| service.is_stopping());
     let parity = parity.map_err(|error| error.to_string())?;
     Ok((parity.num_tokens > 0).then_some(parity))
 }

@@ -1,8 +1,8 @@
 //! The matrix of a projection, an embedding or a head, frozen or trained.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
-use candle_core::{DType, Device, Error, Result, Tensor};
+use candle_core::{DType, Device, Error, Result, Tensor, TensorId};
 
 use super::storage::with_f32;
 use crate::kernels::{PackedWeight, WeightForm};
@@ -32,6 +32,15 @@ pub enum Weight {
     Packed(Arc<PackedWeight>),
 }
 
+/// Which weight it was, without holding it.
+#[derive(Debug, Clone)]
+pub enum WeightIdentity {
+    /// By its storage's number, which no other tensor gets.
+    Plain(TensorId),
+    /// By its place in memory, which is not given away while this is there.
+    Packed(Weak<PackedWeight>),
+}
+
 impl From<Tensor> for Weight {
     fn from(tensor: Tensor) -> Self {
         Self::Plain(tensor)
@@ -39,6 +48,28 @@ impl From<Tensor> for Weight {
 }
 
 impl Weight {
+    /// Which weight this is.
+    #[must_use]
+    pub fn identity(&self) -> WeightIdentity {
+        match self {
+            Self::Plain(tensor) => WeightIdentity::Plain(tensor.id()),
+            Self::Packed(packed) => WeightIdentity::Packed(Arc::downgrade(packed)),
+        }
+    }
+
+    /// Whether this is the weight of `identity`.
+    #[must_use]
+    pub fn is(&self, identity: &WeightIdentity) -> bool {
+        match (self, identity) {
+            (Self::Plain(tensor), WeightIdentity::Plain(id)) => tensor.id() == *id,
+            (Self::Packed(packed), WeightIdentity::Packed(other)) => {
+                std::ptr::eq(Arc::as_ptr(packed), other.as_ptr())
+            }
+            (Self::Plain(_), WeightIdentity::Packed(_))
+            | (Self::Packed(_), WeightIdentity::Plain(_)) => false,
+        }
+    }
+
     /// Packs a matrix of `dtype`, whose rows `read(row, bytes)` copies as they lie in a file; called
     /// for some rows at a time, from several threads.
     ///

@@ -2,8 +2,13 @@
 
 mod check;
 
-use std::{collections::BTreeMap, fmt, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    path::PathBuf,
+};
 
+use candle_core::DType;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
@@ -68,6 +73,8 @@ pub struct TrainConfig {
     pub exclude: Vec<String>,
     /// Tables that are trained whole: `embed_tokens`, `lm_head`.
     pub modules_to_save: Vec<String>,
+    /// Keep embedding and head one matrix there, where the base has one for both.
+    pub ensure_weight_tying: bool,
     /// Tokens, by their id, whose rows of the tables are trained.
     pub train_tokens: Vec<u32>,
     /// Tokens that the tokenizer gets, or a file with one on each line; their rows are trained.
@@ -163,6 +170,9 @@ pub struct TrainConfig {
     pub overwrite: bool,
     /// Keep `<output>.work` after the output is published.
     pub keep_work: bool,
+    /// Keys that somebody has set, if only to the default: `init_adapter` must be as they say.
+    #[serde(skip)]
+    pub given: BTreeSet<String>,
 }
 
 /// What is trained.
@@ -301,6 +311,7 @@ impl Default for TrainConfig {
             layers: Vec::new(),
             exclude: Vec::new(),
             modules_to_save: Vec::new(),
+            ensure_weight_tying: false,
             train_tokens: Vec::new(),
             new_tokens: NewTokens::default(),
             token_starts: BTreeMap::new(),
@@ -348,6 +359,7 @@ impl Default for TrainConfig {
             resume: false,
             overwrite: false,
             keep_work: false,
+            given: BTreeSet::new(),
         }
     }
 }
@@ -474,6 +486,7 @@ impl TrainConfig {
             layers: self.layers.clone(),
             exclude: self.exclude.clone(),
             modules_to_save: self.modules_to_save.clone(),
+            ensure_weight_tying: self.ensure_weight_tying,
             token_ids: self.train_tokens.clone(),
             token_starts: self.token_starts.clone(),
         })
@@ -551,6 +564,15 @@ impl From<LossTokens> for LossOn {
             LossTokens::Assistant => Self::Assistant,
             LossTokens::All => Self::All,
             LossTokens::Auto => Self::Auto,
+        }
+    }
+}
+
+impl From<WeightDtype> for DType {
+    fn from(dtype: WeightDtype) -> Self {
+        match dtype {
+            WeightDtype::F32 => Self::F32,
+            WeightDtype::Bf16 => Self::BF16,
         }
     }
 }

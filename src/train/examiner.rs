@@ -15,8 +15,11 @@ pub struct Candidate<'a> {
     pub job: &'a TrainJob,
     /// The base. With the method `full` it is what was trained, and tracked: not to be served.
     pub decoder: &'a Arc<Decoder>,
-    /// A folder with the adapter as it is now, as it would be published; `None` with `full`.
-    pub adapter: Option<&'a Path>,
+    /// A folder with the adapter, or with `full` the model, as it is now and as it would be published;
+    /// `None` where a run has no place for one.
+    pub folder: Option<&'a Path>,
+    /// Whether the run began with random weights, so that there is no base to compare with.
+    pub from_random: bool,
     /// Everything that happened so far.
     pub events: &'a [TrainEvent],
     /// Sequences, and what the training forward pass says of their trained tokens.
@@ -56,7 +59,7 @@ pub struct Examination {
     pub card: Value,
 }
 
-/// Somebody who can serve an adapter. An error is a sentence.
+/// Somebody who can serve an adapter or a model. An error is a sentence.
 pub trait Examiner {
     /// Answers validation rows, in the course of a run.
     ///

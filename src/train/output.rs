@@ -12,7 +12,7 @@ use candle_core::DType;
 use serde_json::{Map, Value, json};
 
 use super::{
-    EventLog, Examination, Outcome, TrainError, TrainJob, TrainSummary, WeightDtype,
+    EventLog, Examination, Outcome, TrainError, TrainJob, TrainSummary,
     checkpoint::newest_first,
     parity::PARITY_FILE,
     recipe::Recipe,
@@ -88,7 +88,7 @@ pub(super) fn publish(run: &Finished<'_>, output: &Path) -> Result<String, Train
     publish_dir(output, |dir| -> Result<(), TrainError> {
         digest = match &run.model.adapter {
             Some(adapter) => write_adapter(run, adapter, dir)?,
-            None => write_model(run, dir)?,
+            None => write_model(run.job, run.model, dir)?,
         };
         for name in COMPANIONS {
             let from = run.job.model_dir.join(name);
@@ -143,15 +143,17 @@ fn write_adapter(
 }
 
 /// Writes `config.json` and `model.safetensors`. Returns the hash of the latter.
-fn write_model(run: &Finished<'_>, dir: &Path) -> Result<String, TrainError> {
-    let (dtype, name) = match run.job.config.dtype {
-        WeightDtype::F32 => (DType::F32, "float32"),
-        WeightDtype::Bf16 => (DType::BF16, "bfloat16"),
-    };
-    write_config(&run.job.model_dir.join("config.json"), &dir.join("config.json"), name)?;
+pub(super) fn write_model(
+    job: &TrainJob,
+    model: &Trainable,
+    dir: &Path,
+) -> Result<String, TrainError> {
+    let dtype = DType::from(job.config.dtype);
+    let name = if dtype == DType::F32 { "float32" } else { "bfloat16" };
+    write_config(&job.model_dir.join("config.json"), &dir.join("config.json"), name)?;
     let path = dir.join("model.safetensors");
     let mut tensors = Vec::new();
-    for (name, tensor) in run.model.decoder.tensors() {
+    for (name, tensor) in model.decoder.tensors() {
         tensors.push((name, tensor.to_dtype(dtype)?.contiguous()?));
     }
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);

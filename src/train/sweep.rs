@@ -268,7 +268,9 @@ impl Candidate {
         let own: TrainConfig = serde_json::from_value(Value::Object(all))
             .map_err(|error| wrong("sweep", &error.to_string(), "values that the keys can have"))?;
         let name = name(&settings);
+        let given = config.given.iter().chain(settings.keys()).cloned().collect();
         let own = TrainConfig {
+            given,
             output: sweep_dir(&config.output).join(&name),
             sweep: BTreeMap::new(),
             sweep_halving: false,

@@ -4,7 +4,7 @@ use std::{fs, path::Path, sync::Arc};
 
 use candle_core::{DType, Tensor, Var};
 
-use super::{Method, MicroBatch, TrainConfig, TrainError};
+use super::{Method, MicroBatch, TrainConfig, TrainError, WeightDtype};
 use crate::adapters::LoraAdapter;
 use crate::model::{
     Decoder, DeltaRows, Dropout, LayeredPass, ModelConfig, Recompute, Step, StepSequence,
@@ -68,13 +68,25 @@ impl Trainable {
         let adapter = match &config.init_adapter {
             Some(dir) => {
                 let adapter = LoraAdapter::read(dir, decoder.config(), true)?;
-                adapter.check_continues(&wanted, &TrainConfig::default().lora()?)?;
+                let defaults = TrainConfig::default().lora()?;
+                adapter.check_continues(&wanted, &defaults, &config.given)?;
                 adapter
             }
             None => LoraAdapter::fresh_on(&wanted, &decoder, config.seed)?,
         };
         let adapter = Some(Arc::new(adapter));
         Ok(Self { decoder, adapter, from_random: false, label_smoothing })
+    }
+
+    /// Rounds every weight that is trained as a published model of `dtype` has it; an adapter is published
+    /// as it is.
+    pub(super) fn round(&self, dtype: WeightDtype) -> Result<(), TrainError> {
+        if self.adapter.is_none() && dtype != WeightDtype::F32 {
+            for (_, variable) in self.parameters() {
+                variable.set(&variable.to_dtype(dtype.into())?.to_dtype(DType::F32)?)?;
+            }
+        }
+        Ok(())
     }
 
     /// What is trained, sorted by name.

@@ -345,7 +345,7 @@ impl<'a> Trainer<'a> {
     fn generate(&mut self) -> Result<(), TrainError> {
         let Some(examiner) = self.examiner.take() else { return Ok(()) };
         let (begun, step) = (Instant::now(), self.step);
-        let answered = if self.job.config.eval_generate == 0 || self.model.adapter.is_none() {
+        let answered = if self.job.config.eval_generate == 0 {
             Ok(None)
         } else {
             self.as_candidate(&[], |candidate| examiner.generate(candidate)).map(Some)
@@ -361,26 +361,29 @@ impl<'a> Trainer<'a> {
         })
     }
 
-    /// Shows the adapter as it is now to `ask`, in a folder that is gone afterwards.
+    /// Shows the adapter or model as it is now to `ask`, in a folder that is gone afterwards.
     fn as_candidate<T>(
         &self,
         scored: &[Scored<'_>],
         ask: impl FnOnce(&Candidate<'_>) -> Result<T, String>,
     ) -> Result<T, TrainError> {
         let folder = self.workspace.as_ref().map(Workspace::candidate);
-        let adapter = folder.as_deref().zip(self.model.adapter.as_ref());
-        if let Some((dir, adapter)) = adapter {
+        if let Some(dir) = &folder {
             disk::create_dir_all(dir)?;
-            adapter.write(dir, &self.job.config.model)?;
+            match &self.model.adapter {
+                Some(adapter) => adapter.write(dir, &self.job.config.model)?,
+                None => drop(output::write_model(self.job, &self.model, dir)?),
+            }
         }
         let answer = ask(&Candidate {
             job: self.job,
             decoder: &self.model.decoder,
-            adapter: adapter.map(|(dir, _)| dir),
+            folder: folder.as_deref(),
+            from_random: self.model.from_random,
             events: self.log.events(),
             scored,
         });
-        if let Some((dir, _)) = adapter {
+        if let Some(dir) = &folder {
             // The next one is written over it.
             if let Err(error) = disk::remove_dir_all(dir) {
                 tracing::warn!("{error}");
@@ -389,7 +392,7 @@ impl<'a> Trainer<'a> {
         answer.map_err(|reason| TrainError::Examination { step: self.step, reason })
     }
 
-    /// What the examiner says of the adapter that is about to be published.
+    /// What the examiner says of what is about to be published.
     fn examine(&mut self, scored: &[Scored<'_>]) -> Result<Examination, TrainError> {
         let Some(examiner) = self.examiner.take() else { return Ok(Examination::default()) };
         let examination = self.as_candidate(scored, |candidate| examiner.examine(candidate))?;
@@ -476,6 +479,8 @@ impl<'a> Trainer<'a> {
         self.end_epoch()?;
         self.restore_best(outcome)?;
         let config = &self.job.config;
+        // What is examined are the weights that are published.
+        self.model.round(config.dtype)?;
         let compared = if self.examiner.is_some() { NUM_COMPARED } else { 0 };
         let wanted = self.job.valid.iter().chain(&self.job.train);
         let wanted = wanted.take(config.parity_examples.max(compared));

@@ -1,7 +1,14 @@
 //! DoRA, rows of tokens and whole tables: trained, read, served, merged and written as peft 0.21.2 does
 //! (`tests/fixtures/make_variants_oracle.py`).
 
-use std::{collections::HashMap, fs, ops::Range, path::Path, sync::Arc, sync::atomic::AtomicBool};
+use std::{
+    collections::{BTreeSet, HashMap},
+    fs,
+    ops::Range,
+    path::Path,
+    sync::Arc,
+    sync::atomic::AtomicBool,
+};
 
 use crate::support::{MODELS, Scratch, fixture, model, oracle};
 use candle_core::{Device, Tensor};
@@ -13,7 +20,12 @@ use tunesmith::{
     train::{TrainConfig, TrainEvent, TrainJob, run},
 };
 
-const KINDS: [&str; 3] = ["dora", "tokens", "saved"];
+/// Kinds of adapters of a model; the last is for one that has one matrix for embedding and head.
+fn kinds(name: &str) -> &'static [&'static str] {
+    let kinds = &["dora", "tokens", "saved", "tied"];
+    if name == "tiny-llama" { kinds } else { &kinds[..3] }
+}
+
 /// Largest difference of logits from peft's, as a share of the largest logit.
 const TOLERANCE: f32 = 1e-4;
 
@@ -132,7 +144,7 @@ fn job(name: &str, kind: &str, output: &Path) -> (TrainJob, Vec<Value>) {
 fn twenty_steps_of_every_kind_are_those_of_peft() {
     let scratch = Scratch::new();
     for name in MODELS {
-        for kind in KINDS {
+        for kind in kinds(name) {
             let output = scratch.path().join(format!("{name}-{kind}"));
             let (job, steps) = job(name, kind, &output);
             let mut expected = steps.iter();
@@ -172,12 +184,12 @@ fn adapters_of_every_kind_are_served_in_one_batch_as_peft_serves_them_one_by_one
         let decoder = decoder(name, WeightMode::Frozen);
         let (tokens, expected) = logits_of_peft(name);
         let adapters: Vec<_> =
-            KINDS.iter().map(|kind| Some(Arc::new(read(name, kind, "final", false)))).collect();
+            kinds(name).iter().map(|kind| Some(Arc::new(read(name, kind, "final", false)))).collect();
         let alone: Vec<_> = adapters
             .iter()
             .map(|adapter| batch(&decoder, &tokens, std::slice::from_ref(adapter), true).remove(0))
             .collect();
-        for (kind, alone) in KINDS.iter().zip(&alone) {
+        for (kind, alone) in kinds(name).iter().zip(&alone) {
             assert_near(&format!("{name} {kind}"), alone, &expected[*kind]);
         }
         let base = batch(&decoder, &tokens, &[None], true).remove(0);
@@ -202,7 +214,7 @@ fn what_was_trained_is_bit_for_bit_what_is_served_on_every_base() {
         let (tokens, _) = logits_of_peft(name);
         for mode in [WeightMode::Frozen, WeightMode::Bf16, WeightMode::Int8, WeightMode::Int4] {
             let decoder = decoder(name, mode);
-            for kind in KINDS {
+            for kind in kinds(name) {
                 let [trained, served] = [true, false].map(|trainable| {
                     let adapter = Arc::new(read(name, kind, "final", trainable));
                     batch(&decoder, &tokens, &[Some(adapter)], false)
@@ -217,7 +229,7 @@ fn what_was_trained_is_bit_for_bit_what_is_served_on_every_base() {
 fn every_kind_survives_being_written_and_says_what_peft_says() {
     let scratch = Scratch::new();
     for name in MODELS {
-        for kind in KINDS {
+        for kind in kinds(name) {
             let saved = read(name, kind, "final", false);
             let dir = scratch.path().join(format!("{name}-{kind}"));
             fs::create_dir_all(&dir).unwrap();
@@ -228,13 +240,15 @@ fn every_kind_survives_being_written_and_says_what_peft_says() {
                 serde_json::from_slice(&fs::read(dir.join("adapter_config.json")).unwrap()).unwrap()
             };
             let (ours, theirs) = (config(&dir), config(&folder(name, kind, "final")));
-            for field in ["use_dora", "use_rslora", "r", "lora_alpha"] {
+            for field in ["use_dora", "use_rslora", "r", "lora_alpha", "ensure_weight_tying"] {
                 assert_eq!(ours[field], theirs[field], "{name} {kind}: {field}");
             }
             let sorted = |config: &Value| {
                 let mut names = config["modules_to_save"].as_array().cloned().unwrap_or_default();
                 names.sort_by_key(Value::to_string);
-                names
+                // PEFT also takes the end of a module's path.
+                let ends = names.iter().map(|name| name.as_str().unwrap().rsplit('.').next());
+                ends.map(|end| end.unwrap().to_owned()).collect::<Vec<_>>()
             };
             assert_eq!(sorted(&ours), sorted(&theirs), "{name} {kind}");
             let rows = |config: &Value| {
@@ -252,7 +266,7 @@ fn every_kind_is_merged_as_peft_merges_it() {
     for name in MODELS {
         let base = decoder(name, WeightMode::Frozen);
         let (tokens, expected) = logits_of_peft(name);
-        for kind in KINDS {
+        for kind in kinds(name) {
             let weights: Vec<(String, Tensor)> = base
                 .tensors()
                 .into_iter()
@@ -292,6 +306,11 @@ fn fresh_adapters_of_every_kind_change_nothing() {
             LoraConfig { variant: "dora".to_owned(), ..LoraConfig::default() },
             LoraConfig { token_ids: vec![300, 7], ..LoraConfig::default() },
             LoraConfig { modules_to_save: vec!["lm_head".to_owned()], ..LoraConfig::default() },
+            LoraConfig {
+                modules_to_save: vec!["lm_head".to_owned()],
+                ensure_weight_tying: true,
+                ..LoraConfig::default()
+            },
         ];
         for config in configs {
             let adapter = Arc::new(LoraAdapter::fresh_on(&config, &decoder, 1).unwrap());
@@ -385,10 +404,10 @@ fn settings_that_cannot_be_honoured_are_refused_by_name() {
 
 #[test]
 fn going_on_from_an_adapter_of_another_kind_is_refused_with_both_values() {
-    let defaults = LoraConfig::default();
+    let (defaults, nothing) = (LoraConfig::default(), BTreeSet::new());
     let dora = read("tiny-llama", "dora", "final", true);
     assert!(
-        dora.check_continues(&defaults, &defaults).is_ok(),
+        dora.check_continues(&defaults, &defaults, &nothing).is_ok(),
         "what is not said is the adapter's"
     );
     for (wanted, words) in [
@@ -396,7 +415,7 @@ fn going_on_from_an_adapter_of_another_kind_is_refused_with_both_values() {
         (LoraConfig { alpha: 7.0, ..LoraConfig::default() }, "alpha 6, but 7"),
         (
             LoraConfig { targets: vec![Projection::Q], ..LoraConfig::default() },
-            "targets k_proj, but q_proj",
+            ", up_proj, down_proj, but q_proj",
         ),
         (LoraConfig { token_ids: vec![7], ..LoraConfig::default() }, "train_tokens none, but 7"),
         (
@@ -404,13 +423,47 @@ fn going_on_from_an_adapter_of_another_kind_is_refused_with_both_values() {
             "modules_to_save none, but lm_head",
         ),
     ] {
-        let error = dora.check_continues(&wanted, &defaults).unwrap_err().to_string();
+        let error = dora.check_continues(&wanted, &defaults, &nothing).unwrap_err().to_string();
         assert!(error.contains(words), "{error}");
     }
     let plain = LoraAdapter::read(&oracle("tiny-llama-plain-adapter"), &model("tiny-llama"), true);
     let wanted = LoraConfig { variant: "dora".to_owned(), ..LoraConfig::default() };
-    let error = plain.unwrap().check_continues(&wanted, &defaults).unwrap_err().to_string();
+    let error = plain.unwrap().check_continues(&wanted, &defaults, &nothing).unwrap_err().to_string();
     assert!(error.contains("variant lora, but dora"), "{error}");
+}
+
+#[test]
+fn dora_takes_the_lengths_of_whatever_base_it_is_over() {
+    // Two bases in one process, the second with other weights.
+    let bases = [WeightMode::Frozen, WeightMode::Int4].map(|mode| decoder("tiny-llama", mode));
+    let (tokens, _) = logits_of_peft("tiny-llama");
+    let fresh = || Some(Arc::new(read("tiny-llama", "dora", "final", false)));
+    let expected = bases.each_ref().map(|base| batch(base, &tokens, &[fresh()], false));
+    assert!(expected[0] != expected[1]);
+    let one = fresh();
+    for _ in 0..2 {
+        for (base, expected) in bases.iter().zip(&expected) {
+            assert!(batch(base, &tokens, std::slice::from_ref(&one), false) == *expected);
+        }
+    }
+}
+
+#[test]
+fn norms_that_were_trained_whole_are_refused_by_name() {
+    let llama = decoder("tiny-llama", WeightMode::Frozen);
+    let scratch = Scratch::new();
+    for norm in ["input_layernorm", "post_attention_layernorm", "model.norm"] {
+        let config = LoraConfig { modules_to_save: vec![norm.to_owned()], ..LoraConfig::default() };
+        let error = LoraAdapter::fresh_on(&config, &llama, 1).unwrap_err().to_string();
+        assert!(error.contains(norm) && error.contains("embed_tokens or lm_head"), "{error}");
+        let dir = scratch.copy(&folder("tiny-llama", "saved", "final"), norm);
+        let path = dir.join("adapter_config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        config["modules_to_save"] = json!([norm]);
+        fs::write(path, config.to_string()).unwrap();
+        let error = LoraAdapter::read(&dir, llama.config(), false).unwrap_err().to_string();
+        assert!(error.contains(norm), "{error}");
+    }
 }
 
 #[test]

@@ -16,6 +16,7 @@ mod jobs;
 mod jobs_bad;
 mod lifecycle;
 mod models;
+mod own_tokens;
 mod start;
 mod swap;
 mod tools;

@@ -6,6 +6,7 @@ mod common;
 
 mod bench;
 mod check;
+mod closed_output;
 mod files;
 mod hub;
 mod jobs;

@@ -20,14 +20,23 @@ fn train(dir: &Path, arguments: &[&str]) -> Output {
     let rows = |numbers: std::ops::Range<usize>| numbers.map(row).collect::<Vec<_>>().join("\n");
     fs::write(dir.join("train.jsonl"), rows(0..10)).unwrap();
     fs::write(dir.join("valid.jsonl"), rows(10..12)).unwrap();
-    Command::new(env!("CARGO_BIN_EXE_tunesmith"))
-        .current_dir(dir)
-        .args(["train", "--data", "train.jsonl", "--valid", "valid.jsonl", "--output", "out"])
-        .args(["--rank", "4", "--batch-size", "4", "--epochs", "2", "--model"])
-        .arg(fixture("tiny-llama"))
-        .args(arguments)
-        .output()
-        .unwrap()
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tunesmith"));
+    command.current_dir(dir).args(["train", "--data", "train.jsonl", "--valid", "valid.jsonl"]);
+    let model = fixture("tiny-llama").display().to_string();
+    for (flag, value) in [
+        ("--output", "out"),
+        ("--rank", "4"),
+        ("--batch-size", "4"),
+        ("--epochs", "2"),
+        ("--model", &model),
+    ] {
+        // What is said below goes before.
+        let goes_on = flag == "--rank" && arguments.contains(&"--init-adapter");
+        if !goes_on && !arguments.contains(&flag) {
+            command.args([flag, value]);
+        }
+    }
+    command.args(arguments).output().unwrap()
 }
 
 fn text(output: &Output) -> String {
@@ -44,12 +53,12 @@ fn names(dir: &Path) -> Vec<String> {
 }
 
 #[test]
-fn a_dry_run_measures_two_steps_and_leaves_nothing_behind() {
+fn a_dry_run_measures_two_steps_after_the_first_and_leaves_nothing_behind() {
     let dir = TempDir::new();
     let text = text(&train(&dir.0, &["--dry-run", "--max-length", "20", "--loss-on", "all"]));
     assert_eq!(names(&dir.0), ["train.jsonl", "valid.jsonl"]);
     for expected in [
-        "measured 2 steps: ",
+        "measured 2 steps after a first of ",
         " s/step, ",
         " tokens/s, ",
         " for 6 steps",
@@ -62,10 +71,10 @@ fn a_dry_run_measures_two_steps_and_leaves_nothing_behind() {
 }
 
 #[test]
-fn a_real_run_gives_its_forecast_after_two_steps() {
+fn a_real_run_gives_its_forecast_once_it_is_warm() {
     let dir = TempDir::new();
     let text = text(&train(&dir.0, &[]));
-    assert!(text.contains("measured 2 steps: ") && text.contains(" for 6 steps"), "{text}");
+    assert!(text.contains("measured 2 steps after a first of ") && text.contains(" for 6 steps"), "{text}");
 }
 
 #[test]
@@ -118,6 +127,37 @@ fn the_estimate_of_memory_is_within_a_quarter_of_what_is_measured() {
 }
 
 #[test]
+fn the_estimate_counts_everything_that_is_trained() {
+    let dir = TempDir::new();
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-kitchen");
+    let model = model.to_str().unwrap();
+    let whole = ["--modules-to-save", "embed_tokens"];
+    let saved = train(&dir.0, &[&whole[..], &["--output", "saved", "--max-steps", "1"]].concat());
+    assert!(saved.status.success(), "{}", String::from_utf8_lossy(&saved.stderr));
+    let tiny = fixture("tiny-llama").display().to_string();
+    for (model, arguments) in [
+        (model, &[][..]),
+        (model, &["--rank-pattern", "down_proj=64,layers.0.self_attn.q_proj=32"]),
+        (model, &["--layers", "1", "--exclude", "up_proj", "--rank", "40"]),
+        (model, &["--variant", "dora"]),
+        (model, &whole),
+        (model, &["--train-tokens", "5,6,7,8,9,10,11,12,13,14,15,16", "--targets", "q_proj"]),
+        (&tiny, &["--init-adapter", "saved"]),
+    ] {
+        let common = ["--dry-run", "--memory", "8GiB", "--threads", "1", "--model", model];
+        let text = text(&train(&dir.0, &[&common[..], arguments].concat()));
+        let after = |words: &str| -> f64 {
+            let rest = text.split(words).nth(1).unwrap_or_else(|| panic!("{words:?} in\n{text}"));
+            rest.split_whitespace().next().unwrap().parse().unwrap()
+        };
+        // A value, two gradients and two moments of four bytes each.
+        let measured = after("would train ") * 20.0 / f64::from(1 << 20);
+        let estimate = after("trained parameters ");
+        assert!((estimate - measured).abs() < 0.06, "{arguments:?}: {measured} MiB in\n{text}");
+    }
+}
+
+#[test]
 fn a_published_adapter_has_a_report_and_answers_that_it_gave() {
     let dir = TempDir::new();
     let said =
@@ -151,6 +191,33 @@ fn a_published_adapter_has_a_report_and_answers_that_it_gave() {
     assert_eq!(of("parity").len(), 1);
     let generated = of("generated");
     assert_eq!((generated.len(), &generated[0]["num_rows"]), (2, &json!(2)), "{events:?}");
+}
+
+#[test]
+fn a_model_whose_every_weight_was_trained_is_examined_like_an_adapter() {
+    for (dtype, base) in [("bf16", "tiny-llama"), ("f32", "tiny-llama"), ("bf16", "random")] {
+        let dir = TempDir::new();
+        let model = dir.join("random");
+        fs::create_dir(&model).unwrap();
+        for entry in fs::read_dir(fixture("tiny-llama")).unwrap().map(Result::unwrap) {
+            if base != "random" || entry.path().extension().is_some_and(|it| it != "safetensors") {
+                fs::copy(entry.path(), model.join(entry.file_name())).unwrap();
+            }
+        }
+        let model = model.to_str().unwrap();
+        let full = ["--method", "full", "--dtype", dtype, "--samples", "2", "--model", model];
+        let said = text(&train(&dir.0, &[&full[..], &["--eval-generate", "2"]].concat()));
+        assert!(said.contains("serving says what training says: log-probabilities of "), "{said}");
+        assert!(said.contains(": 2 answers, exact match "), "{said}");
+        let page = fs::read_to_string(dir.join("out/report.html")).unwrap();
+        assert!(page.contains("<td>say 11</td><td>11 &lt;b&gt;11&lt;/b&gt;</td>"), "{page}");
+        assert_eq!(page.contains("(random weights)"), base == "random", "{page}");
+        let card = fs::read(dir.join("out/tunesmith_card.json")).unwrap();
+        let card: Value = serde_json::from_slice(&card).unwrap();
+        let examination = &card["configuration"]["examination"];
+        assert!(examination["parity"]["max_difference"].as_f64().unwrap() <= 1e-3, "{card}");
+        assert_eq!(examination["golden"].as_array().unwrap().len(), 2, "{card}");
+    }
 }
 
 #[test]

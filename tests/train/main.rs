@@ -9,6 +9,7 @@ mod choice;
 mod dialects;
 mod faults;
 mod forecast;
+mod going_on;
 mod gradients;
 mod kill;
 mod memory;

@@ -8,6 +8,8 @@ mod autotrain;
 mod theirs;
 mod trl;
 
+use std::collections::BTreeSet;
+
 use anyhow::bail;
 use serde_json::{Map, Value, json};
 
@@ -54,6 +56,8 @@ pub(super) struct Translation {
     pub(super) dialect: &'static str,
     /// Under the names that they have here.
     pub(super) settings: Map<String, Value>,
+    /// Those that the file left open.
+    pub(super) assumed: BTreeSet<String>,
     /// What its author should know, a line each.
     pub(super) notices: Vec<String>,
     /// Keys without a meaning here.
@@ -67,7 +71,10 @@ impl Translation {
     /// Sets what the file left open.
     fn set_defaults(&mut self, defaults: &[(&str, f64)]) {
         for (key, value) in defaults {
-            self.settings.entry(*key).or_insert_with(|| plain(*value));
+            if !self.settings.contains_key(*key) {
+                self.set(key, plain(*value));
+                self.assumed.insert((*key).to_owned());
+            }
         }
     }
 

@@ -15,6 +15,7 @@ use super::{number, path_of};
 use crate::cli::{
     client::{Client, ClientError},
     files::text,
+    output,
 };
 use crate::jobs::unix_seconds;
 
@@ -43,6 +44,9 @@ pub(super) fn watch(client: &Client, id: &str, is_json: bool) -> anyhow::Result<
             seen.insert(text(&event, "id").to_owned());
         }
         display.job(&job);
+        if output::is_lost() {
+            return Ok(ExitCode::SUCCESS);
+        }
         let status = text(&job, "status");
         if ["succeeded", "failed", "cancelled"].contains(&status) {
             display.end(id, &job);

@@ -97,6 +97,9 @@ pub(crate) struct TrainArgs {
     /// Tables to train whole: embed_tokens, lm_head
     #[arg(long, value_name = "TABLE,TABLE", value_delimiter = ',')]
     pub(crate) modules_to_save: Vec<String>,
+    /// Keep embedding and head one matrix there, where the base has one for both
+    #[arg(long)]
+    pub(crate) ensure_weight_tying: bool,
     /// Tokens, by id, whose rows of embedding and head are trained
     #[arg(long, value_name = "ID,ID", value_delimiter = ',')]
     pub(crate) train_tokens: Vec<u32>,
@@ -238,7 +241,7 @@ pub(crate) struct TrainArgs {
     /// Keep OUTPUT.work
     #[arg(long)]
     pub(crate) keep_work: bool,
-    /// Make two real steps, print what a run would take, and leave nothing behind
+    /// Make three real steps, print what a run would take, and leave nothing behind
     #[arg(long)]
     #[serde(skip)]
     pub(crate) dry_run: bool,

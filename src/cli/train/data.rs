@@ -1,7 +1,7 @@
 //! Sources of rows to examples: every file read, every problem shown, mixed by weight, and said what
 //! there is to know about them.
 
-use std::path::Path;
+use std::{collections::BTreeSet, path::Path};
 
 use anyhow::Context;
 
@@ -142,6 +142,16 @@ pub(super) fn say_overlap(train: &[Row], valid: &[Row], say: &dyn Fn(&str)) {
     }
 }
 
+/// What a settings file says.
+#[derive(Default)]
+pub(super) struct FileLayer {
+    pub(super) settings: serde_json::Map<String, serde_json::Value>,
+    /// Keys that it does not have: its trainer's defaults.
+    pub(super) assumed: BTreeSet<String>,
+    /// Validate at the end of each epoch.
+    pub(super) eval_each_epoch: bool,
+}
+
 /// The layer of a settings file, which may be one of another trainer's; `say` hears what it means.
 ///
 /// # Errors
@@ -150,17 +160,24 @@ pub(super) fn file_layer(
     path: &Path,
     objective: Option<&str>,
     say: &dyn Fn(&str),
-) -> anyhow::Result<(serde_json::Map<String, serde_json::Value>, bool)> {
-    use crate::cli::{dialect, settings};
+) -> anyhow::Result<FileLayer> {
+    use crate::cli::{
+        dialect::{self, Translation},
+        settings,
+    };
     let keys = settings::read_yaml(path)?;
     let context = || path.display().to_string();
     match dialect::translate(&keys, objective).with_context(context)? {
-        None => Ok((settings::own_layer(keys).with_context(context)?, false)),
+        None => {
+            let settings = settings::own_layer(keys).with_context(context)?;
+            Ok(FileLayer { settings, ..FileLayer::default() })
+        }
         Some(translation) => {
             for line in translation.lines(&path.display().to_string()) {
                 say(&line);
             }
-            Ok((translation.settings, translation.eval_each_epoch))
+            let Translation { settings, assumed, eval_each_epoch, .. } = translation;
+            Ok(FileLayer { settings, assumed, eval_each_epoch })
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The engine as examiner of a run: it answers validation rows with the adapter as it is, and before
 //! anything is published it must say of held-out rows what training says.
 
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 
 use anyhow::{Context, ensure};
 use serde_json::json;
@@ -14,9 +14,9 @@ use crate::engine::{
     parity::{self, Parity, TrainedSequence},
 };
 use crate::eval::{Arm, EvalReport, Runner, arms::TUNED, graders, report::Metadata};
-use crate::model::KvDtype;
+use crate::model::{Decoder, KvDtype, WeightMode};
 use crate::text::{ChatTemplate, Tokenizer};
-use crate::train::{Candidate, Examination, Examiner, Generated, Scored};
+use crate::train::{Candidate, Examination, Examiner, Generated, Method, Scored};
 
 /// Memory for keys and values of an examination, in bytes.
 const KV_CACHE_BYTES: usize = 256 << 20;
@@ -53,7 +53,7 @@ impl EngineExaminer {
         if questions.is_empty() || !self.held_out {
             return Ok(Generated { num_rows: 0, exact_match: 0.0, f1: 0.0 });
         }
-        let report = self.ask(&served, &[Arm::Tuned(TUNED.to_owned())], &questions, candidate)?;
+        let report = self.ask(&served, &[served.tuned()], &questions, candidate)?;
         let score = |name: &str| {
             graders::position(name).and_then(|index| report.arms[0].scores.get(index)).copied()
         };
@@ -67,7 +67,7 @@ impl EngineExaminer {
     fn look_at(&self, candidate: &Candidate<'_>) -> anyhow::Result<Examination> {
         let mut examination = Examination::default();
         let mut samples = None;
-        if candidate.adapter.is_some() {
+        if candidate.folder.is_some() {
             let served = Served::new(candidate)?;
             let parity = served.compare(candidate.scored)?;
             let Parity { max_difference, num_tokens } = parity;
@@ -82,8 +82,7 @@ impl EngineExaminer {
             let config = &candidate.job.config;
             let questions = self.some_questions(config.samples, config.seed);
             if !questions.is_empty() {
-                let arms = [Arm::Base, Arm::Tuned(TUNED.to_owned())];
-                samples = Some(self.ask(&served, &arms, &questions, candidate)?);
+                samples = Some(self.before_and_after(served, &questions, candidate)?);
             }
         }
         examination.card = json!({
@@ -96,6 +95,32 @@ impl EngineExaminer {
         let page = report_page::render(candidate, &examination, samples.as_ref(), self.held_out);
         examination.files.push(("report.html", page));
         Ok(examination)
+    }
+
+    /// The base's answers, and those of what is about to be published.
+    fn before_and_after(
+        &self,
+        served: Served,
+        questions: &[Question],
+        candidate: &Candidate<'_>,
+    ) -> anyhow::Result<EvalReport> {
+        if served.version.is_some() {
+            return self.ask(&served, &[Arm::Base, served.tuned()], questions, candidate);
+        }
+        let mut report = self.ask(&served, &[Arm::Base], questions, candidate)?;
+        // One model at a time.
+        drop(served);
+        let before = if candidate.from_random {
+            vec!["(random weights)".to_owned(); report.examples.len()]
+        } else {
+            let base = Served::model(&candidate.job.model_dir, candidate)?;
+            let report = self.ask(&base, &[Arm::Base], questions, candidate)?;
+            report.examples.into_iter().flat_map(|example| example.answers).collect()
+        };
+        for (example, answer) in report.examples.iter_mut().zip(before) {
+            example.answers.insert(0, answer);
+        }
+        Ok(report)
     }
 
     /// `count` of the rows, the same ones each time, in their order.
@@ -114,7 +139,7 @@ impl EngineExaminer {
         candidate: &Candidate<'_>,
     ) -> anyhow::Result<EvalReport> {
         let stop_token_ids = stop_token_ids(candidate.decoder.config(), &self.tokenizer);
-        let adapters = [Arc::clone(&served.version)];
+        let adapters: Vec<_> = served.version.iter().cloned().collect();
         let runner = Runner {
             engine: &served.engine,
             tokenizer: &self.tokenizer,
@@ -137,27 +162,35 @@ fn golden(report: &EvalReport) -> Vec<serde_json::Value> {
     report.examples.iter().map(answer).collect()
 }
 
-/// An engine with the candidate's adapter, read from its folder as a server reads it.
+/// An engine with what the candidate trains, read from its folder as a server reads it.
 struct Served {
     engine: EngineHandle,
-    version: Arc<AdapterVersion>,
+    /// The adapter; none where the engine's own model is asked.
+    version: Option<Arc<AdapterVersion>>,
 }
 
 impl Served {
     fn new(candidate: &Candidate<'_>) -> anyhow::Result<Self> {
-        let dir = candidate.adapter.context("there is no adapter")?;
+        let dir = candidate.folder.context("there is nothing to serve")?;
+        if candidate.job.config.method == Method::Full {
+            return Self::model(dir, candidate);
+        }
         let decoder = candidate.decoder;
         let registry = AdapterRegistry::new(decoder.config().clone())
             .with_base_fingerprint(decoder.fingerprint());
         let (version, _) = registry.load(TUNED, dir, false).context("loading the adapter")?;
-        let mut config = EngineConfig::for_model(decoder.config(), MAX_NUM_SEQS, KV_CACHE_BYTES);
-        // No more than the longest rows and their answers can fill.
-        let job = candidate.job;
-        let sides = job.train.iter().chain(&job.valid).flat_map(Example::sides);
-        let longest = sides.map(|side| side.tokens.len()).max().unwrap_or(0) + MAX_TOKENS;
-        let useful = MAX_NUM_SEQS * longest.div_ceil(config.block_size);
-        config.num_blocks = config.num_blocks.min(useful);
-        Ok(Self { engine: engine::spawn(Arc::clone(decoder), config)?, version })
+        Ok(Self { engine: engine_over(decoder, candidate)?, version: Some(version) })
+    }
+
+    /// The model in `dir`.
+    fn model(dir: &Path, candidate: &Candidate<'_>) -> anyhow::Result<Self> {
+        let decoder = Decoder::load(dir, WeightMode::Frozen).context("loading the model")?;
+        Ok(Self { engine: engine_over(&Arc::new(decoder), candidate)?, version: None })
+    }
+
+    /// What is asked for what is trained.
+    fn tuned(&self) -> Arm {
+        if self.version.is_some() { Arm::Tuned(TUNED.to_owned()) } else { Arm::Base }
     }
 
     /// What training said and what the engine says. A sequence that does not fit into the cache here is not
@@ -168,6 +201,17 @@ impl Served {
             loss_mask: &example.loss_mask,
             logprobs,
         });
-        Ok(parity::compare(&self.engine, &self.version, sequences, &|| false)?)
+        Ok(parity::compare(&self.engine, self.version.as_ref(), sequences, &|| false)?)
     }
+}
+
+/// An engine over `decoder`, with a cache that is no larger than the longest rows and their answers can fill.
+fn engine_over(decoder: &Arc<Decoder>, candidate: &Candidate<'_>) -> anyhow::Result<EngineHandle> {
+    let mut config = EngineConfig::for_model(decoder.config(), MAX_NUM_SEQS, KV_CACHE_BYTES);
+    let job = candidate.job;
+    let sides = job.train.iter().chain(&job.valid).flat_map(Example::sides);
+    let longest = sides.map(|side| side.tokens.len()).max().unwrap_or(0) + MAX_TOKENS;
+    let useful = MAX_NUM_SEQS * longest.div_ceil(config.block_size);
+    config.num_blocks = config.num_blocks.min(useful);
+    Ok(engine::spawn(Arc::clone(decoder), config)?)
 }

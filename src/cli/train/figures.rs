@@ -7,13 +7,11 @@ use std::{
 
 use serde_json::{Value, json};
 
+use crate::cli::speed::Speed;
 use crate::train::TrainEvent;
 
-/// Steps over which speeds are averaged, about.
-const MEMORY: f64 = 20.0;
-
 /// What is known of the run now.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 struct State {
     step: usize,
     total_steps: usize,
@@ -24,8 +22,7 @@ struct State {
     grad_norm: Option<f64>,
     valid_loss: Option<f64>,
     valid_token_accuracy: Option<f64>,
-    /// Running means of a step's tokens and seconds.
-    speed: Option<(f64, f64)>,
+    speed: Speed,
     tokens: usize,
     trained_tokens: usize,
     warnings: usize,
@@ -81,10 +78,11 @@ const FIGURES: &[Figure] = &[
         s.valid_token_accuracy
     }),
     gauge("tokens_per_second", "Tokens through the model per second, of late.", "{token}/s", |s| {
-        s.speed.map(|(tokens, seconds)| tokens / seconds.max(1e-9))
+        s.speed.tokens_per_second()
     }),
     gauge("eta_seconds", "Seconds to the last step at this speed.", "s", |s| {
-        s.speed.map(|(_, seconds)| seconds * s.total_steps.saturating_sub(s.step) as f64)
+        let left = s.total_steps.saturating_sub(s.step) as f64;
+        s.speed.seconds_per_step().map(|seconds| seconds * left)
     }),
     gauge("paused", "1 while the run waits.", "1", |s| Some(f64::from(u8::from(s.paused)))),
     counter("tokens_total", "Tokens that went through the model.", "{token}", |s| {
@@ -114,7 +112,7 @@ impl Figures {
     }
 
     fn values(&self) -> impl Iterator<Item = (&'static Figure, f64)> {
-        let state = *self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner).clone();
         FIGURES.iter().filter_map(move |figure| Some((figure, (figure.value)(&state)?)))
     }
 
@@ -200,10 +198,7 @@ impl State {
                 self.grad_norm = Some(*grad_norm);
                 self.tokens += num_tokens;
                 self.trained_tokens += num_trained_tokens;
-                let follow = |mean: f64, value: f64| mean + (value - mean) / MEMORY;
-                let now = (*num_tokens as f64, *seconds);
-                self.speed =
-                    Some(self.speed.map_or(now, |(t, s)| (follow(t, now.0), follow(s, now.1))));
+                self.speed.add(*num_tokens, *seconds);
             }
             TrainEvent::Validated { loss, token_accuracy, .. } => {
                 self.valid_loss = Some(*loss);

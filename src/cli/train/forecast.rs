@@ -1,19 +1,22 @@
-//! What a run will take, before it takes it: memory from sizes, time from two real steps.
+//! What a run will take, before it takes it: memory from sizes, time from three real steps.
 
 use std::{sync::atomic::AtomicBool, time::Duration};
 
 use anyhow::bail;
 use indicatif::HumanDuration;
 
-use crate::cli::memory::{Memory, bytes, free, peak};
+use crate::cli::{
+    memory::{Memory, bytes, free, peak},
+    speed::Speed,
+};
 use crate::data::Example;
 use crate::model::ModelConfig;
 use crate::train::{
     BatchPlan, Method, Packing, RecomputeChoice, TrainConfig, TrainEvent, TrainJob, rehearse,
 };
 
-/// Steps that are measured.
-const NUM_STEPS: usize = 2;
+/// Steps that are measured: one that warms up, and two that count.
+const NUM_STEPS: usize = 3;
 /// Sizes of a micro-batch that a budget may choose, in tokens.
 const MICRO_BATCH_TOKENS: &[usize] = &[8192, 4096, 2048, 1024, 512, 256, 128, 64];
 
@@ -28,12 +31,13 @@ pub(in crate::cli) struct Forecast {
     steps_before: usize,
     total_steps: usize,
     num_steps: usize,
-    num_tokens: usize,
-    seconds: f64,
+    /// Seconds of the first, which also warms caches and fetches memory.
+    first: f64,
+    speed: Speed,
 }
 
 impl Forecast {
-    /// Takes in an event. Gives a line once, after the second step.
+    /// Takes in an event. Gives a line once, after the third step.
     pub(in crate::cli) fn hear(&mut self, event: &TrainEvent) -> Option<String> {
         if let TrainEvent::Started { step, total_steps, .. } = event {
             *self = Self { steps_before: *step, total_steps: *total_steps, ..Self::default() };
@@ -43,22 +47,29 @@ impl Forecast {
             return None;
         }
         self.num_steps += 1;
-        self.num_tokens += num_tokens;
-        self.seconds += seconds;
+        if self.num_steps == 1 {
+            self.first = *seconds;
+        }
+        self.speed.add(*num_tokens, *seconds);
         let last = self.steps_before + self.num_steps == self.total_steps;
         (self.num_steps == NUM_STEPS || last).then(|| self.line())
     }
 
     fn line(&self) -> String {
-        let per_step = self.seconds / self.num_steps.max(1) as f64;
-        let speed = self.num_tokens as f64 / self.seconds.max(1e-9);
+        let per_step = self.speed.seconds_per_step().unwrap_or_default();
+        let speed = self.speed.tokens_per_second().unwrap_or_default();
         let steps = self.total_steps - self.steps_before;
-        let whole = HumanDuration(Duration::from_secs_f64(per_step * steps as f64));
+        let rest = per_step * steps.saturating_sub(1) as f64;
+        let whole = HumanDuration(Duration::from_secs_f64(self.first + rest));
         let memory = peak().map_or("unknown".to_owned(), bytes);
+        let warm_up = match self.num_steps {
+            0 | 1 => "measured 1 step".to_owned(),
+            2 => format!("measured 1 step after a first of {:.2} s", self.first),
+            steps => format!("measured {} steps after a first of {:.2} s", steps - 1, self.first),
+        };
         format!(
-            "measured {} steps: {per_step:.2} s/step, {speed:.0} tokens/s, {whole:#} for {steps} steps \
-             (without validation), memory peak {memory}",
-            self.num_steps
+            "{warm_up}: {per_step:.2} s/step, {speed:.0} tokens/s, {whole:#} for {steps} steps (without \
+             validation), memory peak {memory}"
         )
     }
 }

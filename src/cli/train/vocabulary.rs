@@ -32,12 +32,15 @@ pub(super) fn vocabulary(config: &mut TrainConfig, model_dir: &Path) -> anyhow::
     ensure!(config.method == Method::Lora, "new_tokens is for method lora");
     let (tokenizer, tokens) = tokenizer.with_new_tokens(&texts).context("new_tokens")?;
     let rows = ModelConfig::from_dir(model_dir)?.vocab_size;
+    let last = tokens.iter().map(|token| token.id).max().unwrap_or_default();
     for NewToken { text, id, .. } in &tokens {
         ensure!(
             (*id as usize) < rows,
             "new_tokens: {text:?} would be token {id}, but the model has {rows} rows and none is left; \
-             use a model whose embedding is larger than its tokenizer's vocabulary, or give texts that \
-             are reserved tokens already"
+             give texts that are reserved tokens already, or make a base with more rows first \
+             (transformers: model.resize_token_embeddings({}, pad_to_multiple_of=64), save_pretrained) \
+             and train over that",
+            last + 1
         );
     }
     for NewToken { id, pieces, .. } in tokens {

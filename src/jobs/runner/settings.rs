@@ -12,6 +12,8 @@ use crate::train::{Objective, TrainConfig, work_dir};
 
 /// Examples whose log-probabilities the trainer writes down for the server to compare.
 const PARITY_EXAMPLES: usize = 8;
+/// Settings that a model which is trained on has already.
+const OF_THE_ADAPTER: &[&str] = &["rank", "alpha", "rslora", "variant", "targets"];
 /// Validations in an epoch.
 const VALIDATIONS_PER_EPOCH: u64 = 10;
 /// Epochs' adapters that are kept.
@@ -88,8 +90,13 @@ impl Places {
             return Ok(());
         }
         // JSON is YAML.
-        let text = serde_json::to_string_pretty(&self.train_config(service, job));
-        let text = text.expect("a plain struct is always JSON") + "\n";
+        let settings = serde_json::to_value(self.train_config(service, job));
+        let mut settings = settings.expect("a plain struct is always JSON");
+        if let (Some(keys), Some(_)) = (settings.as_object_mut(), &job.parent_model) {
+            // The adapter that is gone on from decides.
+            keys.retain(|key, _| !OF_THE_ADAPTER.contains(&key.as_str()));
+        }
+        let text = format!("{settings:#}\n");
         Ok(publish_file(&path, text.as_bytes())?)
     }
 

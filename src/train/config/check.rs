@@ -13,6 +13,16 @@ impl TrainConfig {
         let holds = threshold.is_finite() && threshold >= 0.0;
         require(holds, "early_stopping_threshold", &threshold, allowed)?;
         require(self.keep_best || !self.keep_last, "keep_last", &true, "unset without keep_best")?;
+        let goes_on = self.init_adapter.is_some();
+        for (key, is_set) in [
+            ("rank_pattern", !self.rank_pattern.is_empty()),
+            ("alpha_pattern", !self.alpha_pattern.is_empty()),
+            ("layers", !self.layers.is_empty()),
+            ("exclude", !self.exclude.is_empty()),
+        ] {
+            let allowed = "unset with init_adapter, whose modules are as they are";
+            require(!(goes_on && is_set), key, &"set", allowed)?;
+        }
         let sweeps = !self.sweep.is_empty();
         require(sweeps || !self.sweep_halving, "sweep_halving", &true, "unset without sweep")?;
         let adapter = self.method == Method::Lora;
