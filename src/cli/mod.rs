@@ -87,7 +87,7 @@ pub fn main() -> ExitCode {
         Command::Bundle(args) => bundle::run(&args),
     };
     let code = result.unwrap_or_else(|error| {
-        eprintln!("error: {error:#}");
+        eprintln!("error: {}", in_one_line(&error));
         ExitCode::FAILURE
     });
     if let Some(reason) = output::fault() {
@@ -95,4 +95,15 @@ pub fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     code
+}
+
+/// An error and its causes. Most errors say their cause themselves, which is then not said again.
+fn in_one_line(error: &anyhow::Error) -> String {
+    let mut line = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !line.ends_with(&cause) {
+            line = format!("{line}: {cause}");
+        }
+    }
+    line
 }

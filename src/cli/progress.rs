@@ -31,7 +31,13 @@ impl Progress {
             let style = ProgressStyle::with_template(template);
             ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         });
-        Self { bar, total_steps: 0, speed: Speed::default(), last_line: None, forecast: Forecast::default() }
+        Self {
+            bar,
+            total_steps: 0,
+            speed: Speed::default(),
+            last_line: None,
+            forecast: Forecast::default(),
+        }
     }
 
     /// Shows one event.
@@ -54,6 +60,14 @@ impl Progress {
                 ));
             }
             TrainEvent::Step { .. } => self.show_step(event),
+            // The loss of a pair is no likelihood of tokens.
+            TrainEvent::Validated {
+                step, loss, token_accuracy, rewards: Some(rewards), ..
+            } => self.say(&format!(
+                "step {step}: valid loss {loss:.4}, {:.1} % of the pairs right, reward margin {:.3}",
+                token_accuracy * 100.0,
+                rewards.reward_margin
+            )),
             TrainEvent::Validated { step, loss, perplexity, token_accuracy, .. } => {
                 self.say(&format!(
                     "step {step}: valid loss {loss:.4}, perplexity {perplexity:.2}, accuracy {:.1} %",
@@ -119,7 +133,9 @@ impl Progress {
         let eta = indicatif::HumanDuration(left);
         if let Some(bar) = &self.bar {
             bar.set_position(*step as u64);
-            bar.set_message(format!("loss {loss:.4}  {speed:.0} tokens/s  {eta:#} left"));
+            bar.set_message(format!(
+                "loss {loss:.4}  lr {learning_rate:.1e}  grad {grad_norm:.2}  {speed:.0} tokens/s  {eta:#} left"
+            ));
             return;
         }
         let due = self.last_line.is_none_or(|last| last.elapsed() >= LINE_INTERVAL);

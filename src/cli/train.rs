@@ -41,7 +41,7 @@ use crate::model::ModelConfig;
 use crate::text::ChatTemplate;
 use crate::train::{
     BatchPlan, Outcome, Surroundings, SweepRow, TrainConfig, TrainError, TrainEvent, TrainJob,
-    TrainSummary, run_sweep, run_with,
+    TrainSummary, candidate_settings, run_sweep, run_with,
 };
 
 /// Problems of a data file that are shown before the rest is only counted.
@@ -58,6 +58,9 @@ pub(super) fn run(args: &TrainArgs) -> anyhow::Result<ExitCode> {
     let say = |line: &str| if args.events { eprintln!("{line}") } else { println!("{line}") };
     let (config, eval_each_epoch) = read_settings(args, &say)?;
     config.validate()?;
+    let candidates = candidate_settings(&config)?;
+    let num_candidates = candidates.len();
+    let largest_rank = candidates.iter().map(|one| one.rank).max().unwrap_or(config.rank);
     if let Some(threads) = config.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     }
@@ -72,14 +75,22 @@ pub(super) fn run(args: &TrainArgs) -> anyhow::Result<ExitCode> {
         job.config.eval_every = BatchPlan::new(&job.config, &job.train).steps_per_epoch();
     }
     say_packing(&job, &say);
+    // The largest candidate of a sweep says what is needed.
+    let rank = std::mem::replace(&mut job.config.rank, largest_rank);
     match args.memory {
         Some(budget) => fit_memory(&mut job, budget, &say)?,
         None => fit_free_memory(&mut job, args.memory_limit, &say)?,
     }
     if args.dry_run {
         dry_run(&job, &stop)?;
+        if !job.config.sweep.is_empty() {
+            println!(
+                "a sweep of {num_candidates}: these are the figures of one, with rank {largest_rank}"
+            );
+        }
         return Ok(ExitCode::SUCCESS);
     }
+    job.config.rank = rank;
     let figures = Figures::new();
     let _pusher = publish_figures(args, &job, &figures, &say)?;
     let around = Surroundings { examiner: Some(&mut examiner), pause: Some(&pause) };

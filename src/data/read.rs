@@ -78,6 +78,18 @@ fn parse_row(row: Map<String, Value>, problems: &mut Problems) -> Option<(RowBod
         return None;
     };
     let is_completion = row.contains_key("completion");
+    let mark = ["kto_tag", "label"].into_iter().find(|key| {
+        row.get(*key).is_some_and(Value::is_boolean) && (is_completion || *key == "kto_tag")
+    });
+    if let Some(mark) = mark {
+        // Half of such rows are answers that are not to be learned.
+        let message = format!(
+            "`{mark}` says whether the answer is a good one, which only KTO uses; keep the rows \
+             where it is true, without it, or make pairs for dpo"
+        );
+        problems.add("unpaired_preference", message);
+        return None;
+    }
     Some(((format.parse)(row, problems)?, is_completion))
 }
 

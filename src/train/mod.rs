@@ -49,7 +49,7 @@ pub use recipe::Recipe;
 pub use report::loss_curve_svg;
 pub use schedule::{Schedule, warmup_steps};
 pub use surroundings::Surroundings;
-pub use sweep::{SweepRow, SweepSummary, run_sweep, sweep_dir};
+pub use sweep::{SweepRow, SweepSummary, candidate_settings, run_sweep, sweep_dir};
 pub use trainer::{num_workers, rehearse, run, run_with};
 pub use workspace::work_dir;
 
@@ -162,6 +162,12 @@ pub enum TrainError {
     /// Another process has the work folder.
     #[error("another process is training into {}", .0.display())]
     Busy(PathBuf),
+    /// Something that no run has made, where the output is to be.
+    #[error(
+        "{} is no output of a run, so it is not overwritten; choose another output, or remove it",
+        .0.display()
+    )]
+    NotAnOutput(PathBuf),
     /// A checkpoint of a different run.
     #[error("the checkpoint in {} was made with other settings: {difference}", path.display())]
     OtherRun {
@@ -202,6 +208,19 @@ pub enum TrainError {
         loss: f64,
         /// Of the steps before.
         median: f64,
+    },
+    /// Steps that change nothing, because what is trained no longer has a part in the loss.
+    #[error(
+        "the gradient has been exactly 0 for {steps} steps, up to step {step}, at a loss of {loss:.3}: \
+         nothing is learned any more; a lower lr or a longer warm-up may help"
+    )]
+    NoSlope {
+        /// The step, counted from 1.
+        step: usize,
+        /// For how many steps.
+        steps: usize,
+        /// Its loss.
+        loss: f64,
     },
     /// None of a sweep's candidates came to an end.
     #[error("the sweep has no result: {reason}")]

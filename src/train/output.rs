@@ -57,6 +57,9 @@ pub(super) struct Finished<'a> {
 pub(super) fn check(job: &TrainJob) -> Result<Option<TrainSummary>, TrainError> {
     let config = &job.config;
     let work = work_dir(&config.output);
+    if (config.overwrite || config.resume) && !may_go(&config.output) {
+        return Err(TrainError::NotAnOutput(config.output.clone()));
+    }
     if config.resume && work.exists() {
         return Ok(None);
     }
@@ -79,6 +82,15 @@ pub(super) fn check(job: &TrainJob) -> Result<Option<TrainSummary>, TrainError> 
         Workspace::open(&config.output)?.remove()?;
     }
     Ok(None)
+}
+
+/// Whether nobody loses anything but a run's output if this path is replaced.
+pub(super) fn may_go(path: &Path) -> bool {
+    let is_empty = |dir: fs::ReadDir| dir.flatten().next().is_none();
+    match fs::read_dir(path) {
+        Ok(dir) => path.join(AdapterCard::FILE_NAME).exists() || is_empty(dir),
+        Err(_) => !path.exists(),
+    }
 }
 
 /// Publishes the folder `output` at once, replacing one that is there. Returns the digest of its

@@ -36,6 +36,19 @@ pub(super) fn spike(
     (is_new && high.iter().all(|loss| *loss > limit)).then_some((median, high[0]))
 }
 
+/// The newest loss, if it and those of the `steps - 1` steps before are above 0 and all their gradients
+/// are exactly 0. A learning rate that is far too high does that: activations saturate and nothing that
+/// is trained reaches the loss. A loss of 0 with no gradient is a run that is done.
+pub(super) fn no_slope(events: &[TrainEvent], steps: usize) -> Option<f64> {
+    let newest = events.iter().rev().filter_map(|event| {
+        let TrainEvent::Step { loss, grad_norm, .. } = event else { return None };
+        Some((*loss, *grad_norm))
+    });
+    let newest: Vec<(f64, f64)> = newest.take(steps).collect();
+    let is_dead = |(loss, norm): &(f64, f64)| *norm == 0.0 && *loss > 0.0;
+    (newest.len() == steps && newest.iter().all(is_dead)).then(|| newest[0].0)
+}
+
 /// The step whose validation was the best, if that is what is published.
 pub(super) fn best_step(events: &[TrainEvent]) -> Option<usize> {
     events.iter().rev().find_map(|event| {
@@ -110,7 +123,7 @@ pub fn loss_curve_svg(events: &[TrainEvent]) -> String {
          <rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n"
     );
     let axes = Axes::around(train.iter().chain(&valid));
-    axes.draw(&mut svg);
+    axes.draw(&mut svg, unit(events));
     let smooth = running_mean(&train);
     axes.line(&mut svg, &train, "stroke=\"#9cc2e5\" stroke-width=\"1\"");
     axes.line(&mut svg, &smooth, "stroke=\"#1f6fb4\" stroke-width=\"2.2\"");
@@ -122,6 +135,12 @@ pub fn loss_curve_svg(events: &[TrainEvent]) -> String {
     legend(&mut svg, &train, &valid);
     svg.push_str("</svg>\n");
     svg
+}
+
+/// What a loss is a mean of.
+fn unit(events: &[TrainEvent]) -> &'static str {
+    let of_pairs = |event: &TrainEvent| matches!(event, TrainEvent::Step { rewards: Some(_), .. });
+    if events.iter().any(of_pairs) { "per pair" } else { "nats per token" }
 }
 
 /// The part of the plane that is shown, with round numbers at its ticks.
@@ -159,7 +178,7 @@ impl Axes {
     }
 
     /// Grid, numbers and names.
-    fn draw(&self, svg: &mut String) {
+    fn draw(&self, svg: &mut String, unit: &str) {
         let (left, bottom) = self.place(self.steps.first, self.losses.first);
         let (right, top) = self.place(self.steps.last, self.losses.last);
         for loss in self.losses.values() {
@@ -188,7 +207,7 @@ impl Axes {
             "<path d=\"M{left:.1} {top:.1}V{bottom:.1}H{right:.1}\" fill=\"none\" stroke=\"#5c6670\"/>\n\
              <text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\" fill=\"#343a40\">optimizer step</text>\n\
              <text transform=\"translate(18 {:.1}) rotate(-90)\" text-anchor=\"middle\" fill=\"#343a40\">\
-             loss (nats per token)</text>",
+             loss ({unit})</text>",
             f64::midpoint(left, right),
             HEIGHT - 10.0,
             f64::midpoint(top, bottom)
@@ -309,6 +328,24 @@ mod tests {
         assert_eq!(told(&[&calm[..], &[3.5, 3.5, 3.5, 3.5, 3.5]].concat()), [23]);
         assert_eq!(told(&[&calm[..], &[3.5, 3.5, 1.0, 3.5]].concat()), [0; 0]);
         assert_eq!(told(&[9.0, 9.0, 9.0]), [0; 0], "too few steps to know");
+    }
+
+    #[test]
+    fn a_gradient_of_nothing_beside_a_loss_is_seen_after_some_steps() {
+        let with = |loss: f64, norm: f64| {
+            let mut event = step(1, loss);
+            if let TrainEvent::Step { grad_norm, .. } = &mut event {
+                *grad_norm = norm;
+            }
+            event
+        };
+        let seen = |pairs: &[(f64, f64)]| {
+            no_slope(&pairs.iter().map(|pair| with(pair.0, pair.1)).collect::<Vec<_>>(), 3)
+        };
+        assert_eq!(seen(&[(2.0, 1.0), (7.0, 0.0), (7.0, 0.0), (7.5, 0.0)]), Some(7.5));
+        assert_eq!(seen(&[(7.0, 0.0), (7.0, 1e-30), (7.0, 0.0), (7.0, 0.0)]), None);
+        assert_eq!(seen(&[(7.0, 0.0), (7.0, 0.0)]), None, "too few steps to know");
+        assert_eq!(seen(&[(0.0, 0.0), (0.0, 0.0), (0.0, 0.0)]), None, "nothing is left to learn");
     }
 
     /// All coordinates of the polylines.

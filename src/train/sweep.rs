@@ -174,7 +174,11 @@ impl Candidate {
                 standing
             }
             // Too high a rate for this one says nothing of the others.
-            Err(error @ (TrainError::NotFinite { .. } | TrainError::LossSpike { .. })) => {
+            Err(
+                error @ (TrainError::NotFinite { .. }
+                | TrainError::NoSlope { .. }
+                | TrainError::LossSpike { .. }),
+            ) => {
                 self.row.status = "failed";
                 self.row.error = Some(error.to_string());
                 return Ok(None);
@@ -222,6 +226,14 @@ fn rungs(
     }
     rungs.push((total, num_candidates));
     rungs
+}
+
+/// What the candidates of `config`'s sweep are trained with; one if there is no sweep.
+///
+/// # Errors
+/// Keys that cannot be swept, and values that they cannot have.
+pub fn candidate_settings(config: &TrainConfig) -> Result<Vec<TrainConfig>, TrainError> {
+    Ok(candidates(config)?.into_iter().map(|candidate| candidate.config).collect())
 }
 
 /// Every combination of the swept values, the first key changing slowest.
@@ -300,6 +312,9 @@ fn name(settings: &Map<String, Value>) -> String {
 /// Refuses to touch what nobody said may go. Returns the summary of a sweep that has nothing to do.
 fn prepare(config: &TrainConfig) -> Result<Option<TrainSummary>, TrainError> {
     let dir = sweep_dir(&config.output);
+    if (config.overwrite || config.resume) && !output::may_go(&config.output) {
+        return Err(TrainError::NotAnOutput(config.output.clone()));
+    }
     if config.output.exists() && !config.overwrite {
         let finished = config.resume.then(|| output::read_summary(&config.output)).flatten();
         return finished.map(Some).ok_or_else(|| TrainError::OutputExists(config.output.clone()));

@@ -39,6 +39,8 @@ const MAX_WORKERS: usize = 8;
 const NUM_COMPARED: usize = 8;
 /// A loss above this many times the median of the last steps is a spike.
 const SPIKE_FACTOR: f64 = 3.0;
+/// So many steps with a gradient of exactly 0 are no accident.
+const DEAD_STEPS: usize = 5;
 /// Steps whose median that is; fewer say too little.
 const SPIKE_WINDOW: usize = 20;
 
@@ -301,10 +303,14 @@ impl<'a> Trainer<'a> {
         Ok(true)
     }
 
-    /// Warns when the loss has been far above its median for `spike_steps` steps, and ends the run
-    /// there if that is wanted. The newest good checkpoint stays.
+    /// Ends a run whose gradient has become nothing. Warns when the loss has been far above its median
+    /// for `spike_steps` steps, and ends the run there if that is wanted. The newest good checkpoint
+    /// stays.
     fn watch_for_spikes(&mut self) -> Result<(), TrainError> {
         let config = &self.job.config;
+        if let Some(loss) = report::no_slope(self.log.events(), DEAD_STEPS) {
+            return Err(TrainError::NoSlope { step: self.step, steps: DEAD_STEPS, loss });
+        }
         let Some((median, loss)) =
             report::spike(self.log.events(), SPIKE_WINDOW, SPIKE_FACTOR, config.spike_steps)
         else {

@@ -126,7 +126,9 @@ fn an_empty_file_and_a_missing_one_fail() {
     assert!(stdout(&empty).contains("the file has no rows"));
     let missing = check(&["/nowhere/rows.jsonl"]);
     assert_eq!(missing.status.code(), Some(1));
-    assert!(String::from_utf8_lossy(&missing.stderr).contains("/nowhere/rows.jsonl"));
+    let error = String::from_utf8_lossy(&missing.stderr).into_owned();
+    assert!(error.contains("/nowhere/rows.jsonl"));
+    assert_eq!(error.matches("No such file").count(), 1, "a cause is said once: {error}");
 }
 
 #[test]

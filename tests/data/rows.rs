@@ -26,6 +26,11 @@ const BAD_LINES: &[(&str, &[&str])] = &[
     ),
     (r#"{"conversations":[{"from":"human","value":"a"}]}"#, &["example_missing_assistant_message"]),
     (r#"{"instruction":"a"}"#, &["missing_completion"]),
+    (r#"{"prompt":"a","completion":"b","label":false}"#, &["unpaired_preference"]),
+    (
+        r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}],"kto_tag":true}"#,
+        &["unpaired_preference"],
+    ),
     (r#"{"instruction":"a","output":3}"#, &["wrong_type"]),
     (r#"{"instruction":"a","output":"b","history":["c"]}"#, &["wrong_type"]),
     (r#"{"messages":[]}"#, &["missing_messages_list"]),

@@ -78,6 +78,9 @@ fn broken_containers_are_problems_with_a_place() {
         ("half.gz", &half[..half.len() / 2], 1, "invalid_gzip"),
         ("cells.csv", b"text,x\na,1\nb\n".as_slice(), 3, "invalid_csv"),
         ("empty.csv", b"prompt,completion\na,b\nc,\n", 3, "missing_completion"),
+        ("windows.csv", b"prompt,completion\r\n\"a\r\nb\",c\r\nd,\r\n", 4, "missing_completion"),
+        ("first.csv", b"prompt,completion\r\na,\r\n", 2, "missing_completion"),
+        ("blank.csv", b"prompt,completion\n\n\nc,\n", 4, "missing_completion"),
         ("broken.parquet", b"PAR1 and nothing else", 1, BROKEN_PARQUET),
     ] {
         fs::write(dir.join(name), bytes).unwrap();

@@ -71,10 +71,38 @@ fn a_dry_run_measures_two_steps_after_the_first_and_leaves_nothing_behind() {
 }
 
 #[test]
+fn a_dry_run_refuses_what_the_run_would_and_knows_a_sweep() {
+    let dir = TempDir::new();
+    for (arguments, expected) in [
+        (["--sweep", "batch_size=1,2"], "sweep"),
+        (["--sweep", "lr=low,high"], "sweep"),
+        (["--sweep", "lr=1e-3,1e-3"], "repeated"),
+        (["--lr", "nan"], "no finite number"),
+        (["--epochs", "inf"], "no finite number"),
+    ] {
+        let output = train(&dir.0, &[&["--dry-run"][..], &arguments].concat());
+        assert!(!output.status.success(), "{arguments:?}");
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(error.contains(expected), "{arguments:?}: {error}");
+    }
+    let small = text(&train(&dir.0, &["--dry-run"]));
+    let large = text(&train(&dir.0, &["--dry-run", "--sweep", "rank=2,8"]));
+    assert!(large.contains("a sweep of 2: these are the figures of one, with rank 8"), "{large}");
+    let parameters = |text: &str| {
+        let rest = text.split("would train ").nth(1).unwrap();
+        rest.split(' ').next().unwrap().parse::<usize>().unwrap()
+    };
+    assert_eq!(parameters(&large), 2 * parameters(&small), "rank 8, where the other has 4");
+}
+
+#[test]
 fn a_real_run_gives_its_forecast_once_it_is_warm() {
     let dir = TempDir::new();
     let text = text(&train(&dir.0, &[]));
-    assert!(text.contains("measured 2 steps after a first of ") && text.contains(" for 6 steps"), "{text}");
+    assert!(
+        text.contains("measured 2 steps after a first of ") && text.contains(" for 6 steps"),
+        "{text}"
+    );
 }
 
 #[test]

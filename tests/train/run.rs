@@ -278,6 +278,37 @@ fn a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint() {
 }
 
 #[test]
+fn a_gradient_that_has_vanished_stops_the_run_and_publishes_nothing() {
+    let scratch = Scratch::new("vanished");
+    let job = job(&scratch.0, |config| {
+        config.lr = Some(1e6);
+        config.warmup_ratio = 0.0;
+    });
+    let error = run_until(&job, |_| false).unwrap_err();
+    assert!(matches!(error, TrainError::NoSlope { .. }), "{error}");
+    assert!(!job.config.output.exists());
+}
+
+#[test]
+fn what_no_run_has_made_is_not_overwritten() {
+    let scratch = Scratch::new("precious");
+    let job = job(&scratch.0, |config| {
+        config.overwrite = true;
+        config.max_steps = Some(1);
+    });
+    let thesis = job.config.output.join("thesis.txt");
+    fs::create_dir(&job.config.output).unwrap();
+    fs::write(&thesis, "years of work").unwrap();
+    let error = run_until(&job, |_| false).unwrap_err();
+    assert!(matches!(error, TrainError::NotAnOutput(_)), "{error}");
+    assert_eq!(fs::read_to_string(&thesis).unwrap(), "years of work");
+    // An empty folder, and what a run has made, may go.
+    fs::remove_file(&thesis).unwrap();
+    run_to_end(&job);
+    run_to_end(&job);
+}
+
+#[test]
 fn a_time_limit_publishes_what_there_is() {
     let scratch = Scratch::new("time");
     let job = job(&scratch.0, |config| config.time_limit = Some(1e-9));

@@ -225,7 +225,7 @@ fn adapter(theirs: &Theirs, ours: &mut Translation) {
     if theirs.flag("params.peft") == Some(true) && theirs.get("params.quantization").is_some() {
         ours.notice(format!(
             "params.quantization: the base is not rounded to {quantization}; it stays in its own \
-             number format"
+             number format, unless `--quantize {quantization}` is given"
         ));
     }
 }

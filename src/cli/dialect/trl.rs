@@ -33,7 +33,8 @@ pub(super) const DIALECT: Dialect = Dialect {
 const NO_UPLOAD: &str = "nothing is uploaded; the output is a local folder";
 const NO_TRACKER: &str = "no tracker is called; events.jsonl and loss.svg are in the output";
 const ONE_PROCESS: &str = "one process does the work; remove it";
-const OWN_FORMAT: &str = "the base stays in the number format of its files, sums are f32";
+const OWN_FORMAT: &str = "the base stays in the number format of its files, sums are f32; `--quantize \
+                          int8` or `int4` rounds it";
 const ONE_LOSS: &str = "this variant of the loss of dpo is not available; remove it";
 const OWN_TEMPLATE: &str = "the base's own chat template is used, as a server will; put another one \
                             into the model folder";

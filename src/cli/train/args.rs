@@ -44,34 +44,34 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_parser = ["sft", "dpo", "orpo"])]
     pub(crate) objective: Option<String>,
     /// How strongly dpo holds on to the adapter that it started from, up to 2 [0.1]
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     pub(crate) dpo_beta: Option<f64>,
     /// How dpo takes a pair's margin [sigmoid]
     #[arg(long, value_parser = ["sigmoid", "robust"])]
     pub(crate) dpo_loss: Option<String>,
     /// Share of pairs that dpo takes to be labelled the wrong way round, below 0.5 [0]
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     pub(crate) dpo_label_smoothing: Option<f64>,
     /// Weight of the likelihood of the preferred answers that dpo adds [0]
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     pub(crate) dpo_sft_weight: Option<f64>,
     /// Weight of the odds ratio in orpo's loss, up to 2 [0.1]
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     pub(crate) orpo_beta: Option<f64>,
     /// Share of the supervised loss that asks for all tokens alike [0]
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     pub(crate) label_smoothing: Option<f64>,
     /// Noise on the embeddings while training, as NEFTune has it, such as 5 [0]
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     pub(crate) neftune_alpha: Option<f64>,
     /// LoRA rank [16]
     #[arg(long)]
     pub(crate) rank: Option<usize>,
     /// LoRA alpha; the update is scaled by alpha / rank [32]
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     pub(crate) alpha: Option<f64>,
     /// Dropout on the adapter's input [0]
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     pub(crate) dropout: Option<f64>,
     /// all-linear, or names with commas: q_proj,v_proj [all-linear]
     #[arg(long)]
@@ -110,7 +110,7 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) init_adapter: Option<PathBuf>,
     /// Peak learning rate [lora 2e-4, lora with preferences 5e-5, full 2e-5, full from random 1e-3]
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     pub(crate) lr: Option<f64>,
     /// Course of the learning rate after the warm-up [linear]
     #[arg(long, value_parser = ["linear", "cosine", "constant"])]
@@ -119,10 +119,10 @@ pub(crate) struct TrainArgs {
     #[arg(long)]
     pub(crate) warmup_steps: Option<usize>,
     /// Warm-up as a share of all steps, if no steps are given [0.03]
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     pub(crate) warmup_ratio: Option<f64>,
     /// Passes over the data [3]
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     pub(crate) epochs: Option<f64>,
     /// Optimizer steps, instead of epochs
     #[arg(long)]
@@ -144,16 +144,16 @@ pub(crate) struct TrainArgs {
     #[arg(long)]
     pub(crate) group_by_length: bool,
     /// Largest norm of the gradient, 0 = no clipping [1]
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     pub(crate) grad_clip: Option<f64>,
     /// AdamW's decoupled weight decay, not on norms and biases [0]
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     pub(crate) weight_decay: Option<f64>,
     /// AdamW's beta1 [0.9]
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     pub(crate) beta1: Option<f64>,
     /// AdamW's beta2 [0.999]
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     pub(crate) beta2: Option<f64>,
     /// Decides weights, row order and dropout [42]
     #[arg(long)]
@@ -189,7 +189,7 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "N")]
     pub(crate) early_stopping_patience: Option<usize>,
     /// By how much it must become better to count there [0]
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     pub(crate) early_stopping_threshold: Option<f64>,
     /// Publish what was trained when the validation loss was lowest, not the last
     #[arg(long)]
@@ -220,7 +220,7 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "SECONDS")]
     pub(crate) checkpoint_seconds: Option<u64>,
     /// Stop after so many minutes and publish what there is
-    #[arg(long, value_name = "MINUTES")]
+    #[arg(long, value_name = "MINUTES", value_parser = finite)]
     pub(crate) time_limit: Option<f64>,
     /// Number format of the published weights of method full [bf16]
     #[arg(long, value_parser = ["f32", "bf16"])]
@@ -328,4 +328,13 @@ fn pattern(text: &str) -> Result<Map<String, Value>, String> {
 
 fn bytes(text: &str) -> Result<usize, String> {
     parse_bytes(text).map_err(|error| error.to_string())
+}
+
+/// A number that can be written as JSON: others would be taken for a setting that is not given.
+fn finite(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number.is_finite() => Ok(number),
+        Ok(_) => Err("no finite number".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
 }

@@ -4,7 +4,7 @@
     reason = "other problems are said in the crate's own words"
 )]
 
-use csv::{ReaderBuilder, StringRecord};
+use csv::{Position, ReaderBuilder, StringRecord};
 use serde_json::Map;
 
 use super::{Record, problem};
@@ -17,20 +17,44 @@ pub(super) fn records(bytes: &[u8], delimiter: u8) -> Vec<Record> {
         Err(error) => return vec![problem(1, "invalid_csv", error.to_string())],
     };
     let mut records = Vec::new();
-    for (index, record) in reader.records().enumerate() {
+    let mut lines = Lines { bytes, passed: 0, line: 1 };
+    for record in reader.records() {
         match record {
             Ok(record) => {
-                // Where the record starts: a quoted cell may have several lines.
-                let line = record.position().map_or(index + 2, |place| place.line() as usize);
+                let line = lines.of(record.position());
                 records.push((line, Ok(from_texts(columns(&names, &record)))));
             }
             Err(error) => {
-                let line = error.position().map_or(index + 2, |place| place.line() as usize);
+                let line = lines.of(error.position());
                 records.push(problem(line, "invalid_csv", message(&error)));
             }
         }
     }
     records
+}
+
+/// On which line a record begins: a quoted cell may have several, and the reader's own count stands
+/// before the line end of `\r\n` and before blank lines.
+struct Lines<'a> {
+    bytes: &'a [u8],
+    /// Bytes before this one are counted.
+    passed: usize,
+    /// The line of that byte, from 1.
+    line: usize,
+}
+
+impl Lines<'_> {
+    /// Places come in their order.
+    fn of(&mut self, place: Option<&Position>) -> usize {
+        let begin = place.map_or(self.passed, |place| place.byte() as usize);
+        let is_end = |byte: &&u8| matches!(**byte, b'\r' | b'\n');
+        let rest = self.bytes.get(begin..).unwrap_or_default();
+        let begin = begin + rest.iter().take_while(is_end).count();
+        let between = self.bytes.get(self.passed..begin).unwrap_or_default();
+        self.line += between.iter().filter(|byte| **byte == b'\n').count();
+        self.passed = begin.max(self.passed);
+        self.line
+    }
 }
 
 fn columns(names: &StringRecord, record: &StringRecord) -> Map<String, serde_json::Value> {
