@@ -92,7 +92,7 @@ fn a_model_in_bf16_gives_the_logits_of_transformers_with_products_rounded_alike(
     let path = oracle("tiny-llama-bf16-logits.safetensors");
     let tensors = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
     let tokens = tensors["tokens"].to_vec1::<i64>().unwrap();
-    let tokens: Vec<u32> = tokens.into_iter().map(|token| token as u32).collect();
+    let tokens: Vec<u32> = tokens.into_iter().map(|token| u32::try_from(token).unwrap()).collect();
     let decoder = Decoder::load(&fixture("tiny-llama"), WeightMode::Bf16).unwrap();
     let found = logits(&decoder, &tokens, tokens.len()).concat();
     // Root mean square of the distance from each of theirs.
