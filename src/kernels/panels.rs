@@ -131,8 +131,10 @@ impl PackedWeight {
                     WeightForm::Bf16 => place_pairs(row, lane, to),
                     WeightForm::Bf16Dot => {
                         let rounded = widen(source, row).into_iter().map(round);
-                        let upper =
-                            rounded.flat_map(|bits| [(bits >> 16) as u8, (bits >> 24) as u8]);
+                        let upper = rounded.flat_map(|bits| {
+                            let [_, _, low, high] = bits.to_le_bytes();
+                            [low, high]
+                        });
                         place_pairs(&upper.collect::<Vec<u8>>(), lane, to);
                     }
                     WeightForm::Int8 | WeightForm::Int4 => {

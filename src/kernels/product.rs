@@ -321,7 +321,10 @@ unsafe fn registers<S: Simd, W: Weight, const MR: usize, const NV: usize, const 
                     let next = ahead.from.wrapping_add(v * panel_bytes + at / 2 * ahead.step);
                     S::prefetch_far(next);
                 } else {
-                    prefetch::<S, NV>(from, start + at * LANES * size_of::<W>(), panel_bytes);
+                    let done = start + at * LANES * size_of::<W>();
+                    for line in (0..2 * LANES * size_of::<W>()).step_by(64) {
+                        prefetch::<S, NV>(from.add(line), done + line, panel_bytes);
+                    }
                 }
                 w[v] = W::load_pair::<S>(from.cast::<W>());
             }

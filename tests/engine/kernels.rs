@@ -318,7 +318,8 @@ proptest! {
             let share = match form {
                 WeightForm::Bf16Dot => 1.0 / 256.0,
                 WeightForm::Int8 => 0.5 / 126.0,
-                _ => 0.16,
+                WeightForm::Int4 => 0.16,
+                WeightForm::F32 | WeightForm::F16 | WeightForm::Bf16 => 0.0,
             };
             for (held, row) in rows_of(&weight).chunks(k).zip(w.chunks(k)) {
                 for (held, group) in held.chunks(GROUP).zip(row.chunks(GROUP)) {
