@@ -193,7 +193,8 @@ impl LoraAdapter {
             return differs("rslora", has, wants);
         }
         if (given("variant") || wanted.variant != defaults.variant)
-            && wanted.variant != self.variant.name {
+            && wanted.variant != self.variant.name
+        {
             return differs("variant", self.variant.name.to_owned(), wanted.variant.clone());
         }
         if given("targets") || wanted.targets != defaults.targets {

@@ -31,7 +31,13 @@ impl Progress {
             let style = ProgressStyle::with_template(template);
             ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         });
-        Self { bar, total_steps: 0, speed: Speed::default(), last_line: None, forecast: Forecast::default() }
+        Self {
+            bar,
+            total_steps: 0,
+            speed: Speed::default(),
+            last_line: None,
+            forecast: Forecast::default(),
+        }
     }
 
     /// Shows one event.

@@ -183,8 +183,10 @@ fn adapters_of_every_kind_are_served_in_one_batch_as_peft_serves_them_one_by_one
     for name in MODELS {
         let decoder = decoder(name, WeightMode::Frozen);
         let (tokens, expected) = logits_of_peft(name);
-        let adapters: Vec<_> =
-            kinds(name).iter().map(|kind| Some(Arc::new(read(name, kind, "final", false)))).collect();
+        let adapters: Vec<_> = kinds(name)
+            .iter()
+            .map(|kind| Some(Arc::new(read(name, kind, "final", false))))
+            .collect();
         let alone: Vec<_> = adapters
             .iter()
             .map(|adapter| batch(&decoder, &tokens, std::slice::from_ref(adapter), true).remove(0))
@@ -428,7 +430,8 @@ fn going_on_from_an_adapter_of_another_kind_is_refused_with_both_values() {
     }
     let plain = LoraAdapter::read(&oracle("tiny-llama-plain-adapter"), &model("tiny-llama"), true);
     let wanted = LoraConfig { variant: "dora".to_owned(), ..LoraConfig::default() };
-    let error = plain.unwrap().check_continues(&wanted, &defaults, &nothing).unwrap_err().to_string();
+    let error =
+        plain.unwrap().check_continues(&wanted, &defaults, &nothing).unwrap_err().to_string();
     assert!(error.contains("variant lora, but dora"), "{error}");
 }
 

@@ -49,7 +49,8 @@ fn a_run_goes_on_to_its_end_when_nobody_reads_what_it_says() {
 #[test]
 fn what_only_prints_ends_quietly_without_a_reader() {
     let dir = TempDir::new();
-    for arguments in [&["check", "rows.jsonl", "--show", "3"][..], &["check", "rows.jsonl", "--json"]]
+    for arguments in
+        [&["check", "rows.jsonl", "--show", "3"][..], &["check", "rows.jsonl", "--json"]]
     {
         let mut command = tunesmith(&dir, arguments);
         command.stdout(nobody());

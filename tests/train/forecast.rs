@@ -74,7 +74,10 @@ fn a_dry_run_measures_two_steps_after_the_first_and_leaves_nothing_behind() {
 fn a_real_run_gives_its_forecast_once_it_is_warm() {
     let dir = TempDir::new();
     let text = text(&train(&dir.0, &[]));
-    assert!(text.contains("measured 2 steps after a first of ") && text.contains(" for 6 steps"), "{text}");
+    assert!(
+        text.contains("measured 2 steps after a first of ") && text.contains(" for 6 steps"),
+        "{text}"
+    );
 }
 
 #[test]
