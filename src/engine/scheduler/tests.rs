@@ -267,6 +267,8 @@ proptest! {
         }
         prop_assert_eq!(num_ended, expected.iter().flatten().count());
         prop_assert_eq!(scheduler.blocks.num_free(), num_blocks);
+        // Nothing is remembered of adapters that nobody asks for.
+        prop_assert_eq!(scheduler.waiting.num_lanes(), 0);
     }
 }
 
