@@ -108,4 +108,10 @@ impl<R> WaitingRoom<R> {
     pub(super) fn is_empty(&self) -> bool {
         self.num_waiting == 0
     }
+
+    /// Adapters that somebody waits or runs for.
+    #[cfg(test)]
+    pub(super) fn num_lanes(&self) -> usize {
+        self.lanes.len()
+    }
 }

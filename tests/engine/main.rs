@@ -8,6 +8,7 @@ mod support;
 
 mod attention;
 mod families;
+mod guard_pages;
 mod kernels;
 mod kv_dtypes;
 mod parity;

@@ -267,6 +267,8 @@ proptest! {
         }
         prop_assert_eq!(num_ended, expected.iter().flatten().count());
         prop_assert_eq!(scheduler.blocks.num_free(), num_blocks);
+        // Nothing is remembered of adapters that nobody asks for.
+        prop_assert_eq!(scheduler.waiting.num_lanes(), 0);
     }
 }
 
@@ -385,6 +387,25 @@ fn a_flood_on_one_adapter_delays_the_others_by_one_place_only() {
         let place = order.iter().position(|it| *it == request).unwrap();
         assert!(place <= latest, "{request}: {order:?}");
     }
+}
+
+#[test]
+fn an_adapter_that_comes_late_has_saved_up_no_turns() {
+    let mut scheduler = Scheduler::new(&config(1, 64, 4, 100));
+    let mut order = Vec::new();
+    let mut step = |scheduler: &mut Scheduler<usize>| {
+        let plan = scheduler.schedule(usize::MAX, GUESS_ROWS);
+        order.extend(run(scheduler, &plan).iter().map(|sequence| sequence.request));
+    };
+    (0..20).for_each(|age| scheduler.add(params(vec![age as u32; 6], 5, 7), age));
+    (0..50).for_each(|_| step(&mut scheduler)); // Ten of them have ended.
+    (100..110).for_each(|age| scheduler.add(params(vec![age as u32; 6], 5, 8), age));
+    while !scheduler.is_idle() {
+        step(&mut scheduler);
+    }
+    // From here on each gets a half.
+    let late = order[10..20].iter().filter(|request| **request >= 100).count();
+    assert!((4..=6).contains(&late), "{order:?}");
 }
 
 #[test]
