@@ -85,7 +85,9 @@ pub(super) fn run(args: &TrainArgs) -> anyhow::Result<ExitCode> {
     if args.dry_run {
         dry_run(&job, &stop)?;
         if !job.config.sweep.is_empty() {
-            println!("a sweep of {num_candidates}: these are the figures of one, with rank {largest_rank}");
+            println!(
+                "a sweep of {num_candidates}: these are the figures of one, with rank {largest_rank}"
+            );
         }
         return Ok(ExitCode::SUCCESS);
     }
