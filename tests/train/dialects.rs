@@ -276,6 +276,21 @@ fn what_cannot_be_honoured_is_refused_by_name_and_all_at_once() {
     }
 }
 
+/// The fields of TRL 1.16's `SFTConfig`, `DPOConfig`, `ORPOConfig`, `ModelConfig`, `ScriptArguments` and
+/// `DatasetMixtureConfig`, with transformers 5.23.
+#[test]
+fn every_key_that_trl_has_is_known() {
+    let dir = TempDir::new();
+    let keys = include_str!("../fixtures/trl/keys.txt");
+    let nothing = keys.lines().filter(|key| *key != "model_name_or_path");
+    let lines: String = nothing.map(|key| format!("{key}: null\n")).collect();
+    let config = format!("model_name_or_path: nowhere\nuse_peft_or_so: true\n{lines}");
+    fs::write(dir.0.join("run.yaml"), config).unwrap();
+    let error = refusal(&train(&dir.0, &["--config", "run.yaml"]));
+    let unknown: Vec<&str> = error.lines().filter(|line| line.contains("no such key")).collect();
+    assert_eq!(unknown, ["  use_peft_or_so: TRL has no such key"], "{error}");
+}
+
 #[test]
 fn a_dataset_of_the_hub_is_refused_with_what_to_do_and_a_flag_replaces_it() {
     let model = fixture("tiny-llama").display().to_string();

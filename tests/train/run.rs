@@ -12,8 +12,9 @@ use tunesmith::{
     data::Example,
     model::{Decoder, ModelConfig, WeightMode},
     train::{
-        EventLog, Method, Outcome, TrainConfig, TrainError, TrainEvent, TrainJob, TrainSummary,
-        WeightDtype, run, work_dir,
+        Candidate, EventLog, Examination, Examiner, Generated, Method, Outcome, Surroundings,
+        TrainConfig, TrainError, TrainEvent, TrainJob, TrainSummary, WeightDtype, run, run_with,
+        work_dir,
     },
 };
 
@@ -287,6 +288,44 @@ fn a_gradient_that_has_vanished_stops_the_run_and_publishes_nothing() {
     let error = run_until(&job, |_| false).unwrap_err();
     assert!(matches!(error, TrainError::NoSlope { .. }), "{error}");
     assert!(!job.config.output.exists());
+}
+
+/// Finds something wrong with whatever it is shown, as long as it is told to.
+struct Strict(bool);
+
+impl Examiner for Strict {
+    fn generate(&mut self, _: &Candidate<'_>) -> Result<Generated, String> {
+        Err("nobody asks for answers here".to_owned())
+    }
+
+    fn examine(&mut self, candidate: &Candidate<'_>) -> Result<Examination, String> {
+        // What is examined lies on the disk, as it would be published.
+        let adapter = candidate.adapter.expect("an adapter is trained");
+        assert!(adapter.join("adapter_model.safetensors").exists());
+        assert!(candidate.scored.iter().all(|one| one.logprobs.iter().all(|p| *p <= 0.0)));
+        if self.0 { Err("it serves something else".to_owned()) } else { Ok(Examination::default()) }
+    }
+}
+
+#[test]
+fn what_does_not_serve_as_it_was_trained_is_not_published_and_nothing_is_lost() {
+    let scratch = Scratch::new("examined");
+    let try_with = |strict: bool, resume: bool| {
+        let job = job(&scratch.0, |config| config.resume = resume);
+        let mut examiner = Strict(strict);
+        let surroundings = Surroundings { examiner: Some(&mut examiner), pause: None };
+        let result = run_with(&job, &mut |_| (), surroundings, &AtomicBool::new(false));
+        (result, job.config.output)
+    };
+    let (refused, output) = try_with(true, false);
+    let error = refused.unwrap_err();
+    assert!(matches!(error, TrainError::Examination { .. }), "{error}");
+    assert!(error.to_string().contains("it serves something else"), "{error}");
+    assert!(!output.exists());
+    // Once serving is mended, the run comes to its end from its checkpoint, with the same bits.
+    let digest = try_with(false, true).0.unwrap().digest;
+    let other = Scratch::new("not-examined");
+    assert_eq!(digest, run_to_end(&self::job(&other.0, |_| ())).0.digest);
 }
 
 #[test]
