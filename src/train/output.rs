@@ -84,11 +84,14 @@ pub(super) fn check(job: &TrainJob) -> Result<Option<TrainSummary>, TrainError> 
     Ok(None)
 }
 
-/// Whether nobody loses anything but a run's output if this path is replaced.
+/// Whether nobody loses anything but a run's output, or an adapter of PEFT, if this path is replaced.
 pub(super) fn may_go(path: &Path) -> bool {
     let is_empty = |dir: fs::ReadDir| dir.flatten().next().is_none();
     match fs::read_dir(path) {
-        Ok(dir) => path.join(AdapterCard::FILE_NAME).exists() || is_empty(dir),
+        Ok(dir) => {
+            let made = [AdapterCard::FILE_NAME, "adapter_config.json"];
+            made.iter().any(|name| path.join(name).exists()) || is_empty(dir)
+        }
         Err(_) => !path.exists(),
     }
 }

@@ -55,7 +55,7 @@ fn a_default_that_was_asked_for_is_not_taken_for_nothing() {
         let output = on(arguments, &[]);
         assert!(output.status.success(), "{arguments:?}: {}", error(&output));
     }
-    let swept = on(&["--overwrite", "--sweep", "rank=16"], &[]);
+    let swept = on(&["--overwrite", "--valid", "rows.jsonl", "--sweep", "rank=16"], &[]);
     let error = error(&swept);
     assert!(!swept.status.success() && error.contains("rank 8, but 16"), "{error}");
 }

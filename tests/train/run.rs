@@ -300,7 +300,7 @@ impl Examiner for Strict {
 
     fn examine(&mut self, candidate: &Candidate<'_>) -> Result<Examination, String> {
         // What is examined lies on the disk, as it would be published.
-        let adapter = candidate.adapter.expect("an adapter is trained");
+        let adapter = candidate.folder.expect("an adapter is trained");
         assert!(adapter.join("adapter_model.safetensors").exists());
         assert!(candidate.scored.iter().all(|one| one.logprobs.iter().all(|p| *p <= 0.0)));
         if self.0 { Err("it serves something else".to_owned()) } else { Ok(Examination::default()) }
