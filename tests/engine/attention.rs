@@ -168,7 +168,9 @@ fn textbook(
                     let score = dot.sum::<f64>() * f64::from(scale);
                     soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
                 };
-                let weights: Vec<f64> = (first..=row).map(|j| score(j).exp()).collect();
+                let greatest = (first..=row).map(score).fold(f64::NEG_INFINITY, f64::max);
+                let weights: Vec<f64> =
+                    (first..=row).map(|j| (score(j) - greatest).exp()).collect();
                 let sum: f64 = weights.iter().sum();
                 for d in 0..head_dim {
                     let mixed = (first..=row)
@@ -300,6 +302,33 @@ proptest! {
                 let far = (f64::from(gated) - gelu(x)).abs();
                 prop_assert!(far <= 1e-6 * x.abs().max(1.0), "{}: {x}: {gated}", table.name);
             }
+        }
+    }
+}
+
+#[test]
+fn scores_that_no_float_can_exponentiate_are_probabilities_all_the_same() {
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    // Scores of some hundreds, of either sign.
+    let shape = AttentionShape {
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 20,
+        scale: 90.0,
+        window: None,
+        soft_cap: None,
+    };
+    let rows = 70;
+    let q = random(&mut rng, rows * shape.heads * shape.head_dim);
+    let [k, v] = [(); 2].map(|()| random(&mut rng, rows * shape.kv_heads * shape.head_dim));
+    let whole = 0..rows;
+    let sequences = std::slice::from_ref(&whole);
+    let expected = textbook(&shape, (&q, &k, &v), sequences);
+    for table in all() {
+        for chunk in [1, rows] {
+            let out = paged(table, &shape, (&q, &k, &v), sequences, (KvForm::F32, chunk));
+            let far = difference(&out, &expected);
+            assert!(far < 1e-3, "{} {chunk}: {far}", table.name);
         }
     }
 }
