@@ -133,11 +133,10 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     }
     #[inline(always)]
     unsafe fn dot_bf16(x: __m512, w: __m512, sum: __m512) -> __m512 {
-        // SAFETY: lane arithmetic; the instruction is there where the type says so. The three types are
-        // 512 bits each.
+        // SAFETY: lane arithmetic; the instruction is there where the type says so.
         unsafe {
             if BF16 {
-                return _mm512_dpbf16_ps(sum, transmute::<__m512, __m512bh>(x), transmute(w));
+                return _mm512_dpbf16_ps(sum, bf16_pairs(x), bf16_pairs(w));
             }
             let ([x0, x1], [w0, w1]) = (Self::split_pairs(x), Self::split_pairs(w));
             Self::flush(Self::fma(x0, w0, Self::flush(Self::fma(x1, w1, sum))))
@@ -251,6 +250,13 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
             sum_of_eight(_mm256_add_ps(_mm512_castps512_ps256(a), upper))
         }
     }
+}
+
+/// The same bits as the instruction's type.
+#[inline(always)]
+fn bf16_pairs(lanes: __m512) -> __m512bh {
+    // SAFETY: both are 512 bits, and any bits are a value of either.
+    unsafe { transmute::<__m512, __m512bh>(lanes) }
 }
 
 kernels_for!(Avx512<false>, "avx512", (32, 8, 12, 4, 2), (6, 2),
