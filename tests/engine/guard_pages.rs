@@ -10,8 +10,14 @@ use tunesmith::kernels::{
     add_lora, all,
 };
 
-const WEIGHT_FORMS: [WeightForm; 5] =
-    [WeightForm::F32, WeightForm::F16, WeightForm::Bf16, WeightForm::Int8, WeightForm::Int4];
+const WEIGHT_FORMS: [WeightForm; 6] = [
+    WeightForm::F32,
+    WeightForm::F16,
+    WeightForm::Bf16,
+    WeightForm::Bf16Dot,
+    WeightForm::Int8,
+    WeightForm::Int4,
+];
 const KV_FORMS: [KvForm; 3] = [KvForm::F32, KvForm::Bf16, KvForm::Int8];
 
 fn random(rng: &mut ChaCha8Rng, count: usize) -> Vec<f32> {
@@ -139,7 +145,9 @@ fn rows_touch_nothing_beside_their_buffers() {
 }
 
 /// Heads, key heads, head dimension, window, soft cap.
-const ATTENTION: [(usize, usize, usize, Option<usize>, Option<f32>); 5] = [
+type Heads = (usize, usize, usize, Option<usize>, Option<f32>);
+
+const ATTENTION: [Heads; 5] = [
     (1, 1, 2, None, None),
     (4, 2, 20, Some(19), None),
     (7, 1, 64, None, Some(2.0)),
@@ -236,7 +244,8 @@ fn the_way_back_through_attention_touches_nothing_beside_its_buffers() {
             let mut buffer = |width| Guarded::new(&random(&mut rng, rows * width), at_end);
             let [mut queries, mut out, mut grad_out, mut grad_q] = [wide; 4].map(&mut buffer);
             let [mut keys, mut values, mut grad_k, mut grad_v] = [narrow; 4].map(&mut buffer);
-            let sequences = if rows > 3 { vec![0..3, 3..rows] } else { vec![0..rows] };
+            let cuts = if rows > 3 { vec![0, 3, rows] } else { vec![0, rows] };
+            let sequences: Vec<_> = cuts.windows(2).map(|cut| cut[0]..cut[1]).collect();
             for table in all() {
                 AttentionBackward {
                     shape,
