@@ -30,11 +30,11 @@ def servers():
     """name -> (command, model name of the base, model names of the adapters, bodies of adapter requests)"""
     found = {}
     adapters = [f"{MODEL}/adapters/{name}" for name in ADAPTERS]
-    for weights in ("none", "int8", "int4"):
+    for weights in ("none", "bf16", "int8", "int4"):
         command = [args.tunesmith, "serve", "--model", MODEL, "--port", str(args.port), "--quantize", weights]
         for name, path in zip(ADAPTERS, adapters):
             command += ["--adapter", f"{name}={path}"]
-        found["tunesmith " + weights.replace("none", "bf16")] = (command, NAME, ",".join(ADAPTERS), None)
+        found["tunesmith " + {"none": "exact", "bf16": "bf16 products"}.get(weights, weights)] = (command, NAME, ",".join(ADAPTERS), None)
     for weights in ("bf16", "Q8_0", "Q4_K_M") if args.llama and args.gguf else ():
         command = [f"{args.llama}/llama-server", "-m", f"{args.gguf}/{NAME}-{weights}.gguf", "--port", str(args.port), "-t", args.threads, "-tb", args.threads]
         command += ["-np", "8", "-c", "8192", "--no-webui", "--lora-init-without-apply"]
