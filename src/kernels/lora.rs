@@ -20,7 +20,7 @@ use std::{
 pub(super) use super::lora_sums::{ExpandTile, ShrinkSum, expand_tile, shrink_sums};
 use super::{
     Kernels,
-    lora_sums::{CHAINS, element_bytes},
+    lora_sums::CHAINS,
     panels::PackedWeight,
     pool::{for_each_task, look_around},
     product::SUM_BLOCK,
@@ -220,7 +220,7 @@ impl Shrink {
         let mut sums = Vec::with_capacity(vectors * num_blocks);
         for Part { segment, rows, hidden, stride, .. } in parts {
             let LoraSegment { rows: Range { start: first, .. }, a, .. } = segment;
-            let size = element_bytes(a.form());
+            let size = a.form().element_bytes();
             for panel in 0..stride / LANES {
                 for block in 0..num_blocks {
                     let term = block * SUM_BLOCK;
@@ -240,7 +240,7 @@ impl Shrink {
                 }
             }
         }
-        let kind = |sum: &ShrinkSum| (element_bytes(sum.form), sum.form as u8, Reverse(sum.terms));
+        let kind = |sum: &ShrinkSum| (sum.form.element_bytes(), sum.form as u8, Reverse(sum.terms));
         sums.sort_by_key(kind);
         let mut groups = Vec::new();
         let mut start = 0;

@@ -20,11 +20,6 @@ const SHRINK_AHEAD: usize = 2048;
 /// How far ahead B is asked for.
 const EXPAND_AHEAD: usize = 4096;
 
-/// Bytes of an element in an exact form.
-pub(super) fn element_bytes(form: WeightForm) -> usize {
-    if matches!(form, WeightForm::Bf16 | WeightForm::F16) { 2 } else { 4 }
-}
-
 /// A block of the terms of sixteen elements of a row's `x A^T`.
 pub(super) struct ShrinkSum {
     /// The row's terms.

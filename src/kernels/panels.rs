@@ -53,8 +53,8 @@ impl WeightForm {
         matches!(self, Self::Int8 | Self::Int4)
     }
 
-    /// Bytes of one weight in a file, for the exact forms.
-    fn element_bytes(self) -> usize {
+    /// Bytes of one weight, in a file or a panel, for the exact forms.
+    pub(super) fn element_bytes(self) -> usize {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,

@@ -12,7 +12,7 @@ use candle_core::DType;
 use serde_json::{Map, Value, json};
 
 use super::{
-    EventLog, Examination, Outcome, TrainError, TrainJob, TrainSummary,
+    EventLog, Examination, Outcome, TrainConfig, TrainError, TrainJob, TrainSummary,
     checkpoint::newest_first,
     parity::PARITY_FILE,
     recipe::Recipe,
@@ -57,9 +57,7 @@ pub(super) struct Finished<'a> {
 pub(super) fn check(job: &TrainJob) -> Result<Option<TrainSummary>, TrainError> {
     let config = &job.config;
     let work = work_dir(&config.output);
-    if (config.overwrite || config.resume) && !may_go(&config.output) {
-        return Err(TrainError::NotAnOutput(config.output.clone()));
-    }
+    refuse_foreign(config)?;
     if config.resume && work.exists() {
         return Ok(None);
     }
@@ -84,8 +82,16 @@ pub(super) fn check(job: &TrainJob) -> Result<Option<TrainSummary>, TrainError> 
     Ok(None)
 }
 
+/// Refuses an output that would be replaced and that no run has made.
+pub(super) fn refuse_foreign(config: &TrainConfig) -> Result<(), TrainError> {
+    if (config.overwrite || config.resume) && !may_go(&config.output) {
+        return Err(TrainError::NotAnOutput(config.output.clone()));
+    }
+    Ok(())
+}
+
 /// Whether nobody loses anything but a run's output, or an adapter of PEFT, if this path is replaced.
-pub(super) fn may_go(path: &Path) -> bool {
+fn may_go(path: &Path) -> bool {
     let is_empty = |dir: fs::ReadDir| dir.flatten().next().is_none();
     match fs::read_dir(path) {
         Ok(dir) => {

@@ -312,9 +312,7 @@ fn name(settings: &Map<String, Value>) -> String {
 /// Refuses to touch what nobody said may go. Returns the summary of a sweep that has nothing to do.
 fn prepare(config: &TrainConfig) -> Result<Option<TrainSummary>, TrainError> {
     let dir = sweep_dir(&config.output);
-    if (config.overwrite || config.resume) && !output::may_go(&config.output) {
-        return Err(TrainError::NotAnOutput(config.output.clone()));
-    }
+    output::refuse_foreign(config)?;
     if config.output.exists() && !config.overwrite {
         let finished = config.resume.then(|| output::read_summary(&config.output)).flatten();
         return finished.map(Some).ok_or_else(|| TrainError::OutputExists(config.output.clone()));

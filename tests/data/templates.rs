@@ -143,18 +143,8 @@ impl Model {
         encoder.encode_all(Path::new("rows.jsonl"), &parse(rows))
     }
 
-    /// The text of every unbroken run of trained tokens.
     fn trained(&self, example: &Example) -> Vec<String> {
-        let masked: Vec<(u32, bool)> =
-            example.tokens.iter().copied().zip(example.loss_mask.iter().copied()).collect();
-        masked
-            .chunk_by(|one, next| one.1 == next.1)
-            .filter(|run| run[0].1)
-            .map(|run| {
-                let ids: Vec<u32> = run.iter().map(|(id, _)| *id).collect();
-                self.tokenizer.decode(&ids, false).unwrap()
-            })
-            .collect()
+        crate::trained(&self.tokenizer, example)
     }
 }
 

@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use crate::KV_FORMS;
 use half::bf16;
 use proptest::prelude::*;
 use rand::{Rng, SeedableRng};
@@ -12,8 +13,6 @@ use tunesmith::kernels::{
     AttentionBackward, AttentionForward, AttentionShape, Kernels, KvForm, KvPanel, KvPanelMut,
     KvPanels, KvSide, LANES, QuerySpan, all,
 };
-
-const FORMS: [KvForm; 3] = [KvForm::F32, KvForm::Bf16, KvForm::Int8];
 
 fn random(rng: &mut ChaCha8Rng, count: usize) -> Vec<f32> {
     (0..count).map(|_| rng.random::<f32>() * 2.0 - 1.0).collect()
@@ -269,7 +268,7 @@ proptest! {
         let sequences = ranges(&lengths);
         let exact = textbook(&shape, (&q, &k, &v), &sequences);
         for table in all() {
-            for (form, bound) in FORMS.into_iter().zip([1e-5, 2e-2, 3e-2]) {
+            for (form, bound) in KV_FORMS.into_iter().zip([1e-5, 2e-2, 3e-2]) {
                 let whole = paged(table, &shape, (&q, &k, &v), &sequences, (form, rows));
                 let chunked = paged(table, &shape, (&q, &k, &v), &sequences, (form, chunk));
                 prop_assert!(chunked == whole, "{}, {form:?}", table.name);

@@ -1,6 +1,7 @@
 //! Every kernel between guard pages: it reads and writes nothing beside its buffers, whatever the shape.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test may panic")]
 
+use crate::{KV_FORMS, WEIGHT_FORMS};
 use half::bf16;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -9,16 +10,6 @@ use tunesmith::kernels::{
     KvSide, LANES, LoraSegment, MatmulJob, PackedWeight, QuerySpan, RmsNormGradient, WeightForm,
     add_lora, all,
 };
-
-const WEIGHT_FORMS: [WeightForm; 6] = [
-    WeightForm::F32,
-    WeightForm::F16,
-    WeightForm::Bf16,
-    WeightForm::Bf16Dot,
-    WeightForm::Int8,
-    WeightForm::Int4,
-];
-const KV_FORMS: [KvForm; 3] = [KvForm::F32, KvForm::Bf16, KvForm::Int8];
 
 fn random(rng: &mut ChaCha8Rng, count: usize) -> Vec<f32> {
     (0..count).map(|_| rng.random::<f32>() * 2.0 - 1.0).collect()

@@ -7,6 +7,7 @@
     reason = "a test may panic"
 )]
 
+use crate::WEIGHT_FORMS;
 use half::{bf16, f16};
 use proptest::prelude::*;
 use rand::{Rng, SeedableRng};
@@ -30,15 +31,6 @@ fn difference(a: &[f32], b: &[f32]) -> f32 {
     let scale = a.iter().chain(b).fold(1e-6_f32, |max, value| max.max(value.abs()));
     a.iter().zip(b).fold(0.0_f32, |max, (a, b)| max.max((a - b).abs())) / scale
 }
-
-const FORMS: [WeightForm; 6] = [
-    WeightForm::F32,
-    WeightForm::F16,
-    WeightForm::Bf16,
-    WeightForm::Bf16Dot,
-    WeightForm::Int8,
-    WeightForm::Int4,
-];
 
 fn linear(kernels: &Kernels, x: &[f32], weight: &PackedWeight, bias: &[f32]) -> Vec<f32> {
     let [n, k] = weight.shape();
@@ -90,7 +82,7 @@ proptest! {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let (x, w) = (random(&mut rng, rows * k), random(&mut rng, n * k));
         let (bias, grad) = (random(&mut rng, n), random(&mut rng, rows * n));
-        for form in FORMS {
+        for form in WEIGHT_FORMS {
             let weight = PackedWeight::from_f32(form, &w, k);
             let held = rows_of(&weight);
             // 1. The right values: for small integers, but for the rounding of x.
@@ -268,7 +260,7 @@ proptest! {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let (x, w) = (random(&mut rng, rows * k), random(&mut rng, n * k));
         let grad = random(&mut rng, rows * n);
-        for form in FORMS {
+        for form in WEIGHT_FORMS {
             let weight = PackedWeight::from_f32(form, &w, k);
             let adapter = PackedWeight::from_f32(WeightForm::F32, &w[..k.min(n * k)], k);
             let b = PackedWeight::from_f32(WeightForm::F32, &grad[..n], 1);
@@ -298,7 +290,7 @@ proptest! {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let w: Vec<f32> =
             random(&mut rng, n * k).into_iter().map(|w| w * 2.0_f32.powi(size)).collect();
-        for form in FORMS {
+        for form in WEIGHT_FORMS {
             let weight = PackedWeight::from_f32(form, &w, k);
             let bytes: Vec<u8> = match form {
                 WeightForm::F16 => w.iter().flat_map(|w| f16::from_f32(*w).to_le_bytes()).collect(),
@@ -391,7 +383,7 @@ fn empty_matrices_are_multiplied_without_a_panic() {
         let (x, w) = (vec![1.0; rows * k], vec![1.0; n * k]);
         let (bias, grad) = (vec![2.0; n], vec![1.0; rows * n]);
         for table in all() {
-            for form in FORMS {
+            for form in WEIGHT_FORMS {
                 let source = if form.is_exact() { form } else { WeightForm::F32 };
                 let weight = PackedWeight::pack(form, source, [n, k], |_, bytes: &mut [u8]| {
                     bytes.fill(0);

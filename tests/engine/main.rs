@@ -6,6 +6,8 @@ mod common;
 #[path = "../common/adapters.rs"]
 mod support;
 
+use tunesmith::kernels::{KvForm, WeightForm};
+
 mod attention;
 mod families;
 mod guard_pages;
@@ -14,3 +16,16 @@ mod kv_dtypes;
 mod parity;
 mod quantized;
 mod stories;
+
+/// Every form of a packed weight.
+const WEIGHT_FORMS: [WeightForm; 6] = [
+    WeightForm::F32,
+    WeightForm::F16,
+    WeightForm::Bf16,
+    WeightForm::Bf16Dot,
+    WeightForm::Int8,
+    WeightForm::Int4,
+];
+
+/// Every form of keys and values.
+const KV_FORMS: [KvForm; 3] = [KvForm::F32, KvForm::Bf16, KvForm::Int8];

@@ -4,24 +4,20 @@
 
 use std::{
     fs,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, Command, Output, Stdio},
     thread::sleep,
     time::{Duration, Instant},
 };
 
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
-}
+use crate::common::{TempDir, fixture};
 
 /// A folder with rows to train on; removed at the end.
-struct Scratch(PathBuf);
+struct Scratch(TempDir);
 
 impl Scratch {
-    fn new(name: &str) -> Self {
-        let dir = std::env::temp_dir().join(format!("tunesmith-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&dir);
-        fs::create_dir_all(&dir).unwrap();
+    fn new() -> Self {
+        let dir = TempDir::new();
         let row = |n: usize| {
             let (question, answer) =
                 (["one", "two", "three"][n % 3], ["red", "green", "blue"][n % 3]);
@@ -49,12 +45,6 @@ impl Scratch {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         command
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
 
@@ -95,7 +85,7 @@ fn wait_for_lines(work: &Path, with: &str, count: usize, child: &mut Child) {
 
 #[test]
 fn a_killed_run_resumes_to_the_same_weights_wherever_it_was_killed() {
-    let scratch = Scratch::new("kill");
+    let scratch = Scratch::new();
     let started = Instant::now();
     succeeded(
         &scratch.train("whole", &["--max-steps", "60", "--batch-size", "2"]).output().unwrap(),
@@ -128,7 +118,7 @@ fn a_killed_run_resumes_to_the_same_weights_wherever_it_was_killed() {
         );
         let output = scratch.0.join("killed");
         assert!(weights(&output) == whole, "killed at moment {moment}");
-        let left: Vec<_> = fs::read_dir(&scratch.0)
+        let left: Vec<_> = fs::read_dir(&scratch.0.0)
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .filter(|name| name.contains(".tmp-") || name.contains(".work"))
@@ -143,7 +133,7 @@ fn a_killed_run_resumes_to_the_same_weights_wherever_it_was_killed() {
 /// undisturbed run.
 fn kill_often(kills: usize) {
     const STEPS: usize = 200;
-    let scratch = Scratch::new(&format!("kills-{kills}"));
+    let scratch = Scratch::new();
     let settings =
         "--resume --max-steps 200 --samples 0 --batch-size 2 --packing bfd --max-length 64";
     let settings: Vec<&str> = settings.split(' ').collect();
@@ -184,7 +174,7 @@ fn a_run_that_is_killed_a_hundred_times_makes_the_same_adapter() {
 
 #[test]
 fn the_number_of_threads_changes_no_bit() {
-    let scratch = Scratch::new("threads");
+    let scratch = Scratch::new();
     let weights = ["1", "2", "3"].map(|threads| {
         let more = ["--threads", threads, "--max-steps", "8", "--micro-batch-tokens", "20"];
         succeeded(&scratch.train(threads, &more).args(["--batch-size", "9"]).output().unwrap());
@@ -195,7 +185,7 @@ fn the_number_of_threads_changes_no_bit() {
 
 #[test]
 fn sigterm_ends_a_run_with_a_checkpoint_and_a_word_on_how_to_go_on() {
-    let scratch = Scratch::new("term");
+    let scratch = Scratch::new();
     let mut child =
         scratch.train("adapter", &["--max-steps", "100000", "--batch-size", "2"]).spawn().unwrap();
     wait_for_events(&scratch.0.join("adapter.work"), 5, &mut child);
@@ -210,7 +200,7 @@ fn sigterm_ends_a_run_with_a_checkpoint_and_a_word_on_how_to_go_on() {
 
 #[test]
 fn two_runs_into_one_output_do_not_meet() {
-    let scratch = Scratch::new("two");
+    let scratch = Scratch::new();
     let mut first =
         scratch.train("adapter", &["--max-steps", "100000", "--batch-size", "2"]).spawn().unwrap();
     wait_for_events(&scratch.0.join("adapter.work"), 2, &mut first);
@@ -227,7 +217,7 @@ fn two_runs_into_one_output_do_not_meet() {
 
 #[test]
 fn settings_come_from_file_environment_and_flags_in_this_order() {
-    let scratch = Scratch::new("settings");
+    let scratch = Scratch::new();
     let file = scratch.0.join("run.yaml");
     fs::write(&file, "lr: 5e-3\nbatch-size: 3\nrank: 2\ntargets: [q_proj, v_proj]\n").unwrap();
     let file = file.display().to_string();
@@ -256,7 +246,7 @@ fn settings_come_from_file_environment_and_flags_in_this_order() {
 
 #[test]
 fn every_bad_row_is_shown_with_its_line() {
-    let scratch = Scratch::new("rows");
+    let scratch = Scratch::new();
     fs::write(scratch.0.join("rows.jsonl"), "{\"messages\": []}\nnot json\n").unwrap();
     let output = scratch.train("adapter", &[]).output().unwrap();
     let error = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -3,10 +3,11 @@
 
 use std::{
     fs,
-    path::{Path, PathBuf},
+    path::Path,
     sync::atomic::{AtomicBool, Ordering},
 };
 
+use crate::common::{TempDir, fixture};
 use tunesmith::{
     adapters::{AdapterCard, LoraAdapter},
     data::Example,
@@ -17,28 +18,6 @@ use tunesmith::{
         work_dir,
     },
 };
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
-}
-
-/// A folder of its own for one test; removed at the end.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(name: &str) -> Self {
-        let dir = std::env::temp_dir().join(format!("tunesmith-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&dir);
-        fs::create_dir_all(&dir).unwrap();
-        Self(dir)
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
 
 /// Rows that repeat a short pattern, of differing lengths; the second half is trained.
 fn examples(count: usize) -> Vec<Example> {
@@ -123,7 +102,7 @@ fn step_lines(output: &Path) -> Vec<String> {
 
 #[test]
 fn a_run_lowers_the_loss_and_publishes_everything_that_belongs_to_an_adapter() {
-    let scratch = Scratch::new("lowers");
+    let scratch = TempDir::new();
     let job = job(&scratch.0, |config| config.epochs = 10.0);
     let (summary, events) = run_to_end(&job);
     let losses = losses(&events);
@@ -148,7 +127,7 @@ fn a_run_lowers_the_loss_and_publishes_everything_that_belongs_to_an_adapter() {
 
 #[test]
 fn the_same_job_gives_the_same_bits_and_another_seed_others() {
-    let scratch = Scratch::new("same");
+    let scratch = TempDir::new();
     let digest = |name: &str, seed: u64| {
         let job = job(&scratch.0, |config| {
             config.output = scratch.0.join(name);
@@ -162,7 +141,7 @@ fn the_same_job_gives_the_same_bits_and_another_seed_others() {
 
 #[test]
 fn the_loss_does_not_depend_on_how_a_step_is_cut_into_micro_batches() {
-    let scratch = Scratch::new("cut");
+    let scratch = TempDir::new();
     let losses = |name: &str, micro_batch_tokens: usize| {
         let job = job(&scratch.0, |config| {
             config.output = scratch.0.join(name);
@@ -178,7 +157,7 @@ fn the_loss_does_not_depend_on_how_a_step_is_cut_into_micro_batches() {
 
 #[test]
 fn a_run_stopped_at_any_step_resumes_to_the_same_bits() {
-    let scratch = Scratch::new("resume");
+    let scratch = TempDir::new();
     let whole = run_to_end(&job(&scratch.0, |config| config.output = scratch.0.join("whole")));
     for stop_after in [1, 3, 7, 11] {
         let job = job(&scratch.0, |config| {
@@ -197,7 +176,7 @@ fn a_run_stopped_at_any_step_resumes_to_the_same_bits() {
 
 #[test]
 fn a_torn_checkpoint_is_passed_over_for_the_one_before() {
-    let scratch = Scratch::new("torn");
+    let scratch = TempDir::new();
     let whole = run_to_end(&job(&scratch.0, |config| config.output = scratch.0.join("whole"))).0;
     for (name, damage) in [
         ("tensors.safetensors", (|bytes| bytes.truncate(bytes.len() / 2)) as fn(&mut Vec<u8>)),
@@ -225,7 +204,7 @@ fn a_torn_checkpoint_is_passed_over_for_the_one_before() {
 
 #[test]
 fn a_checkpoint_of_another_run_is_refused_with_the_key_that_differs() {
-    let scratch = Scratch::new("other");
+    let scratch = TempDir::new();
     let before = job(&scratch.0, |_| {});
     run_until(&before, |event| is_step(event, 4)).unwrap();
     let changed = job(&scratch.0, |config| {
@@ -242,7 +221,7 @@ fn a_checkpoint_of_another_run_is_refused_with_the_key_that_differs() {
 
 #[test]
 fn an_output_and_an_unfinished_run_are_replaced_only_when_asked() {
-    let scratch = Scratch::new("exists");
+    let scratch = TempDir::new();
     let job_with = |resume: bool, overwrite: bool| {
         job(&scratch.0, |config| {
             config.resume = resume;
@@ -265,7 +244,7 @@ fn an_output_and_an_unfinished_run_are_replaced_only_when_asked() {
 
 #[test]
 fn a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint() {
-    let scratch = Scratch::new("nan");
+    let scratch = TempDir::new();
     let job = job(&scratch.0, |config| {
         config.lr = Some(1e30);
         config.grad_clip = 0.0;
@@ -280,7 +259,7 @@ fn a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint() {
 
 #[test]
 fn a_gradient_that_has_vanished_stops_the_run_and_publishes_nothing() {
-    let scratch = Scratch::new("vanished");
+    let scratch = TempDir::new();
     let job = job(&scratch.0, |config| {
         config.lr = Some(1e6);
         config.warmup_ratio = 0.0;
@@ -309,7 +288,7 @@ impl Examiner for Strict {
 
 #[test]
 fn what_does_not_serve_as_it_was_trained_is_not_published_and_nothing_is_lost() {
-    let scratch = Scratch::new("examined");
+    let scratch = TempDir::new();
     let try_with = |strict: bool, resume: bool| {
         let job = job(&scratch.0, |config| config.resume = resume);
         let mut examiner = Strict(strict);
@@ -324,13 +303,13 @@ fn what_does_not_serve_as_it_was_trained_is_not_published_and_nothing_is_lost() 
     assert!(!output.exists());
     // Once serving is mended, the run comes to its end from its checkpoint, with the same bits.
     let digest = try_with(false, true).0.unwrap().digest;
-    let other = Scratch::new("not-examined");
+    let other = TempDir::new();
     assert_eq!(digest, run_to_end(&self::job(&other.0, |_| ())).0.digest);
 }
 
 #[test]
 fn what_no_run_has_made_is_not_overwritten() {
-    let scratch = Scratch::new("precious");
+    let scratch = TempDir::new();
     let job = job(&scratch.0, |config| {
         config.overwrite = true;
         config.max_steps = Some(1);
@@ -349,7 +328,7 @@ fn what_no_run_has_made_is_not_overwritten() {
 
 #[test]
 fn a_time_limit_publishes_what_there_is() {
-    let scratch = Scratch::new("time");
+    let scratch = TempDir::new();
     let job = job(&scratch.0, |config| config.time_limit = Some(1e-9));
     let (summary, _) = run_to_end(&job);
     assert_eq!((summary.outcome, summary.step), (Outcome::TimeLimit, 0));
@@ -358,7 +337,7 @@ fn a_time_limit_publishes_what_there_is() {
 
 #[test]
 fn settings_and_rows_that_cannot_be_used_are_named() {
-    let scratch = Scratch::new("unusable");
+    let scratch = TempDir::new();
     let error_of = |job: &TrainJob| run_until(job, |_| false).unwrap_err().to_string();
     let error = error_of(&job(&scratch.0, |config| config.dropout = 1.0));
     assert_eq!(error, "dropout is 1.0, but must be 0 to below 1");
@@ -376,7 +355,7 @@ fn settings_and_rows_that_cannot_be_used_are_named() {
 
 #[test]
 fn all_weights_are_trained_from_random_ones_and_published_as_a_model() {
-    let scratch = Scratch::new("full");
+    let scratch = TempDir::new();
     let base = scratch.0.join("base");
     fs::create_dir_all(&base).unwrap();
     for file in ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
@@ -419,7 +398,7 @@ fn all_weights_are_trained_from_random_ones_and_published_as_a_model() {
 
 #[test]
 fn training_goes_on_from_an_existing_adapter() {
-    let scratch = Scratch::new("init");
+    let scratch = TempDir::new();
     let first = job(&scratch.0, |config| config.epochs = 10.0);
     let (_, before) = run_to_end(&first);
     let second = job(&scratch.0, |config| {
