@@ -4,7 +4,10 @@
 
 use candle_core::{DType, Device, Tensor};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use tunesmith::ops::lora::{LoraPart, add_in_place};
+use tunesmith::ops::{
+    lora::{LoraPart, add_in_place},
+    lora_dtype::LoraDtype,
+};
 
 const RANK: usize = 16;
 
@@ -15,7 +18,10 @@ fn adapters(criterion: &mut Criterion) {
     };
     let mut group = criterion.benchmark_group("adapters");
     for (inputs, outputs) in [(896, 4864), (4864, 896), (896, 896)] {
-        let part = || LoraPart::new(&tensor(RANK, inputs), &tensor(outputs, RANK), 2.0).unwrap();
+        let part = || {
+            LoraPart::new(&tensor(RANK, inputs), &tensor(outputs, RANK), 2.0, LoraDtype::Auto)
+                .unwrap()
+        };
         for (rows, count) in [(8, 1), (8, 8), (64, 64)] {
             let parts: Vec<LoraPart> = (0..count).map(|_| part()).collect();
             let x = tensor(rows, inputs);

@@ -5,12 +5,14 @@ use std::sync::OnceLock;
 use candle_core::{Result, Tensor, Var};
 
 use super::{
+    AdapterError,
     site::{Matrix, tensor_name, vector_name},
     variant::Variant,
 };
 use crate::model::Site;
 use crate::ops::{
     lora::LoraPart,
+    lora_dtype::LoraDtype,
     weight::{Weight, WeightIdentity},
 };
 
@@ -46,15 +48,50 @@ pub(super) struct RawModule {
     pub(super) alpha: f64,
 }
 
+impl RawModule {
+    /// What the product is multiplied by.
+    pub(super) fn scale(&self, use_rslora: bool) -> Result<f64> {
+        let rank = self.a.dim(0)? as f64;
+        Ok(self.alpha / if use_rslora { rank.sqrt() } else { rank })
+    }
+
+    /// Its tensors by their names in the file.
+    pub(super) fn named(&self, site: Site, variant: &Variant) -> Vec<(String, &Tensor)> {
+        let mut named =
+            vec![(tensor_name(site, Matrix::A), &self.a), (tensor_name(site, Matrix::B), &self.b)];
+        if let (Some(vector), Some(name)) = (&self.vector, variant.vector) {
+            named.push((vector_name(site, name), vector));
+        }
+        named
+    }
+
+    /// Refuses values of A and B that `dtype` has no number for.
+    pub(super) fn check_range(
+        &self,
+        site: Site,
+        dtype: LoraDtype,
+    ) -> std::result::Result<(), AdapterError> {
+        for (matrix, tensor) in [(Matrix::A, &self.a), (Matrix::B, &self.b)] {
+            let values = if dtype.rounds() { tensor.flatten_all()?.to_vec1()? } else { Vec::new() };
+            if let Some(value) = values.into_iter().find(|value| dtype.round(*value).is_infinite())
+            {
+                let tensor = tensor_name(site, matrix);
+                return Err(AdapterError::OutOfRange { tensor, value, dtype: dtype.name() });
+            }
+        }
+        Ok(())
+    }
+}
+
 impl LoraModule {
-    /// A module for serving.
+    /// A module for serving, whose A and B are held as `dtype` has it.
     pub(super) fn frozen(
         raw: RawModule,
-        variant: &'static Variant,
-        use_rslora: bool,
+        (variant, use_rslora): (&'static Variant, bool),
+        dtype: LoraDtype,
     ) -> Result<Self> {
-        let scale = scale(&raw, use_rslora)?;
-        let matrices = Matrices::Frozen(LoraPart::new(&raw.a, &raw.b, scale)?);
+        let scale = raw.scale(use_rslora)?;
+        let matrices = Matrices::Frozen(LoraPart::new(&raw.a, &raw.b, scale, dtype)?);
         let RawModule { vector, alpha, .. } = raw;
         Ok(Self { matrices, vector, variant, followed: OnceLock::new(), scale, alpha })
     }
@@ -83,7 +120,7 @@ impl LoraModule {
             vector,
             variant,
             followed: OnceLock::new(),
-            scale: scale(raw, use_rslora)?,
+            scale: raw.scale(use_rslora)?,
             alpha: raw.alpha,
         })
     }
@@ -164,9 +201,4 @@ impl LoraModule {
         }
         Ok(computed)
     }
-}
-
-fn scale(raw: &RawModule, use_rslora: bool) -> Result<f64> {
-    let rank = raw.a.dim(0)? as f64;
-    Ok(raw.alpha / if use_rslora { rank.sqrt() } else { rank })
 }

@@ -6,6 +6,7 @@ use std::{ops::Range, sync::Arc};
 use candle_core::{CpuStorage, CustomOp3, DType, InplaceOp2, Layout, Result, Shape, Tensor};
 
 use super::{
+    lora_dtype::LoraDtype,
     profile::{Op, time},
     storage::{f32_slice, mismatch, tensor, with_f32},
     weight::Weight,
@@ -37,20 +38,17 @@ impl std::fmt::Debug for LoraPart {
 }
 
 impl LoraPart {
-    /// Packs `a [rank, in]` and `b [out, rank]`, f32; in half the bytes where every value is one of bf16 or
-    /// f16, as those of a file of 16 bits are.
+    /// Packs `a [rank, in]` and `b [out, rank]`, f32, as `dtype` has it.
     ///
     /// # Errors
     /// Other shapes or dtypes.
-    pub fn new(a: &Tensor, b: &Tensor, scale: f64) -> Result<Self> {
+    pub fn new(a: &Tensor, b: &Tensor, scale: f64, dtype: LoraDtype) -> Result<Self> {
         if a.dims2()?.0 != b.dims2()?.1 {
             return Err(mismatch(NAME, "A and B do not fit each other"));
         }
         let pack = |tensor: &Tensor| {
             let columns = tensor.dims2()?.1;
-            with_f32(tensor, NAME, |values| {
-                Ok(Arc::new(PackedWeight::from_f32_exact(values, columns)))
-            })
+            with_f32(tensor, NAME, |values| Ok(Arc::new(dtype.pack(values, columns))))
         };
         Ok(Self { a: pack(a)?, b: pack(b)?, scale: narrow(scale) })
     }

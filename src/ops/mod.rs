@@ -18,6 +18,7 @@ pub mod embedding;
 pub mod gated_mlp;
 pub mod linear;
 pub mod lora;
+pub mod lora_dtype;
 pub mod mean_row;
 pub mod noise;
 pub mod own_rows;

@@ -13,6 +13,7 @@ mod families;
 mod guard_pages;
 mod kernels;
 mod kv_dtypes;
+mod lora_dtypes;
 mod parity;
 mod quantized;
 mod stories;
