@@ -21,6 +21,7 @@ use crate::model::{
 };
 use crate::ops::{
     adapted_linear::TrainedLora, dropout::dropout, lora::LoraPart, lora_dtype::LoraDtype,
+    weight::Weight,
 };
 use crate::publish::sha256_hex;
 
@@ -308,9 +309,9 @@ impl Delta for LoraAdapter {
         Ok((module.variant().apply)(module, &contribution, output)?)
     }
 
-    fn part(&self, site: Site) -> Option<&LoraPart> {
+    fn part(&self, site: Site, weight: &Weight) -> Option<&LoraPart> {
         let module = self.modules.get(&site)?;
-        if module.variant().is_sum { module.part() } else { None }
+        if module.variant().is_sum { module.part() } else { dora::part(module, weight) }
     }
 
     fn trained(

@@ -11,6 +11,7 @@ use super::{
 };
 use crate::model::Site;
 use crate::ops::{
+    dora,
     lora::LoraPart,
     lora_dtype::LoraDtype,
     weight::{Weight, WeightIdentity},
@@ -23,7 +24,7 @@ pub struct LoraModule {
     vector: Option<Tensor>,
     variant: &'static Variant,
     /// What follows from a base's weight, of a frozen module.
-    followed: OnceLock<(WeightIdentity, Tensor)>,
+    followed: OnceLock<Followed>,
     /// What the product is multiplied by: `alpha / r`, or `alpha / sqrt(r)` with rsLoRA.
     pub scale: f64,
     /// Alpha as configured.
@@ -35,6 +36,14 @@ pub struct LoraModule {
 enum Matrices {
     Trained { a: Tensor, b: Tensor },
     Frozen(LoraPart),
+}
+
+/// Norms of a base's weight with A and B, and A and B with the factors that come of them.
+#[derive(Debug)]
+struct Followed {
+    weight: WeightIdentity,
+    norms: Tensor,
+    part: LoraPart,
 }
 
 /// What a module is made of.
@@ -183,22 +192,36 @@ impl LoraModule {
         }
     }
 
-    /// What `compute` says of the base's `weight`. A frozen module remembers it for the first that it meets.
+    /// The norms that `compute` says of the base's `weight`. A frozen module remembers them for the first that
+    /// it meets.
     pub(super) fn once(
         &self,
         weight: &Weight,
         compute: impl FnOnce() -> Result<Tensor>,
     ) -> Result<Tensor> {
-        if let Some((first, known)) = self.followed.get()
-            && weight.is(first)
+        if let Some(followed) = self.followed.get()
+            && weight.is(&followed.weight)
         {
-            return Ok(known.clone());
+            return Ok(followed.norms.clone());
         }
-        let computed = compute()?;
-        if self.part().is_some() {
+        let norms = compute()?;
+        if let (Some(part), Some(vector)) = (self.part(), &self.vector) {
+            let part = part.with_factors(dora::factors(vector, &norms)?)?;
             // Of another base it stays as it is.
-            let _ = self.followed.set((weight.identity(), computed.clone()));
+            let weight = weight.identity();
+            let _ = self.followed.set(Followed { weight, norms: norms.clone(), part });
         }
-        Ok(computed)
+        Ok(norms)
+    }
+
+    /// Whether a frozen module has met a base.
+    pub(super) fn has_followed(&self) -> bool {
+        self.followed.get().is_some()
+    }
+
+    /// A and B with the factors that come of the base's `weight`; `None` of another one than the first.
+    pub(super) fn followed_part(&self, weight: &Weight) -> Option<&LoraPart> {
+        let followed = self.followed.get().filter(|followed| weight.is(&followed.weight))?;
+        Some(&followed.part)
     }
 }

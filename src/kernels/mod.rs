@@ -22,6 +22,7 @@ mod bf16_rows;
 mod gemm;
 mod heap;
 mod lora;
+mod lora_shrink;
 mod lora_sums;
 mod pages;
 mod panels;
@@ -45,7 +46,7 @@ pub use attention::{
 };
 pub use gemm::MatmulJob;
 pub use heap::release_freed_memory;
-pub use lora::{LoraOutput, LoraSegment, add_lora, add_loras};
+pub use lora::{Additions, LoraOutput, LoraSegment, LoraTarget, add_lora, add_loras};
 pub use panels::{GROUP, PackedWeight, WeightForm};
 pub use roofline::Roofline;
 pub use rows::RmsNormGradient;

@@ -29,6 +29,7 @@ pub struct LoraPart {
     a: Arc<PackedWeight>,
     b: Arc<PackedWeight>,
     scale: f32,
+    factors: Option<Arc<[f32]>>,
 }
 
 impl std::fmt::Debug for LoraPart {
@@ -50,7 +51,25 @@ impl LoraPart {
             let columns = tensor.dims2()?.1;
             with_f32(tensor, NAME, |values| Ok(Arc::new(dtype.pack(values, columns))))
         };
-        Ok(Self { a: pack(a)?, b: pack(b)?, scale: narrow(scale) })
+        Ok(Self { a: pack(a)?, b: pack(b)?, scale: narrow(scale), factors: None })
+    }
+
+    /// The same A and B as DoRA has them over a base: `factors [out]` are those of
+    /// [`dora::factors`](super::dora::factors).
+    ///
+    /// # Errors
+    /// Where the factors do not fit B.
+    pub fn with_factors(&self, factors: Vec<f32>) -> Result<Self> {
+        if factors.len() != self.shape()[0] {
+            return Err(mismatch(NAME, "the factors do not fit B"));
+        }
+        Ok(Self { factors: Some(factors.into()), ..self.clone() })
+    }
+
+    /// Whether it is the sum `scale * B (A x)` and nothing more.
+    #[must_use]
+    pub fn is_sum(&self) -> bool {
+        self.factors.is_none()
     }
 
     /// `A [rank, in]` and `B [out, rank]` with the values that were packed, f32.
@@ -94,7 +113,13 @@ impl LoraPart {
     }
 
     pub(super) fn segment(&self, rows: Range<usize>) -> LoraSegment<'_> {
-        LoraSegment { rows, a: &self.a, b: &self.b, scale: self.scale }
+        LoraSegment {
+            rows,
+            a: &self.a,
+            b: &self.b,
+            scale: self.scale,
+            factors: self.factors.as_deref(),
+        }
     }
 }
 
@@ -259,7 +284,7 @@ impl InplaceOp2 for AddRows {
             if range.end > rows.min(x_rows) {
                 return Err(mismatch(NAME, &format!("rows {range:?} lie outside the batch")));
             }
-            if part.shape() != [out_features, in_features] {
+            if part.shape() != [out_features, in_features] || !part.is_sum() {
                 return Err(mismatch(NAME, "x, A and B do not fit each other"));
             }
             segments.push(part.segment(range.clone()));

@@ -57,7 +57,10 @@ fn adapters_that_a_bench_makes_cost_the_bytes_that_their_dtype_says() {
         let report: Value = serde_json::from_slice(&run.stdout).unwrap();
         let rows = report["operations"][1]["operations"].as_array().unwrap();
         let row = rows.iter().find(|row| row["operation"] == "lora").unwrap();
-        (report["lora_dtype"].clone(), row["bytes"].as_u64().unwrap() / row["calls"].as_u64().unwrap())
+        (
+            report["lora_dtype"].clone(),
+            row["bytes"].as_u64().unwrap() / row["calls"].as_u64().unwrap(),
+        )
     };
     let (auto, as_trained) = bytes(&[]);
     let (bfloat16, rounded) = bytes(&["--lora-dtype", "bfloat16"]);

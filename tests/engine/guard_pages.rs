@@ -81,7 +81,8 @@ fn products_touch_nothing_beside_their_buffers() {
                 }
                 let a = PackedWeight::from_f32(WeightForm::F32, w.slice(), k);
                 let b = PackedWeight::from_f32(WeightForm::Bf16, &vec![0.5; n * n], n);
-                let segment = LoraSegment { rows: 0..rows, a: &a, b: &b, scale: 1.0 };
+                let segment =
+                    LoraSegment { rows: 0..rows, a: &a, b: &b, scale: 1.0, factors: None };
                 add_lora(table, x.slice(), &[segment], (k, n), y.slice());
                 tunesmith::kernels::linear(table, x.slice(), w.slice(), k, y.slice());
                 tunesmith::kernels::input_gradient(table, y.slice(), w.slice(), k, dx.slice());

@@ -96,12 +96,8 @@ fn a_rounded_adapter_is_the_adapter_with_rounded_values_at_every_door() {
         // The files are the same, whatever becomes of them in memory.
         let body = json!({"lora_name": "tuned", "lora_path": exact, "load_inplace": true});
         let accept = [("content-type", "application/json"), ("accept", "application/json")];
-        let load = server.request(
-            "POST",
-            "/v1/load_lora_adapter",
-            &accept,
-            body.to_string().as_bytes(),
-        );
+        let load =
+            server.request("POST", "/v1/load_lora_adapter", &accept, body.to_string().as_bytes());
         let model = ModelConfig::from_dir(&fixture("tiny-llama")).unwrap();
         let content = LoraAdapter::read(&exact, &model, false).unwrap();
         assert_eq!(load.json()["sha256"], content.digest(), "{load:?}");
@@ -115,7 +111,8 @@ fn an_evaluation_of_a_rounded_adapter_is_that_of_what_is_served() {
     let exact = adapter(&dir);
     let rows = dir.join("rows.jsonl");
     let row = |word: &str| {
-        let turns = json!([{"role": "user", "content": word}, {"role": "assistant", "content": "x"}]);
+        let turns =
+            json!([{"role": "user", "content": word}, {"role": "assistant", "content": "x"}]);
         json!({"messages": turns}).to_string() + "\n"
     };
     fs::write(&rows, ["one", "two three", "four"].map(row).concat()).unwrap();
@@ -162,7 +159,10 @@ fn a_value_beyond_the_dtype_is_refused_with_its_tensor() {
     let large = changed(&exact, &dir.join("large"), |value| if value > 0.39 { 7e4 } else { value });
     let model = ModelConfig::from_dir(&fixture("tiny-llama")).unwrap();
     let load = |dtype| {
-        AdapterRegistry::new(model.clone()).with_dtype(dtype).load("tuned", &large, false).map(|_| ())
+        AdapterRegistry::new(model.clone())
+            .with_dtype(dtype)
+            .load("tuned", &large, false)
+            .map(|_| ())
     };
     let error = load(LoraDtype::Float16).unwrap_err().to_string();
     assert!(error.contains("lora_B.weight` holds 70000"), "{error}");
