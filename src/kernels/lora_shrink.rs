@@ -3,11 +3,14 @@
 use std::{cmp::Reverse, ops::Range};
 
 use super::{
-    lora::{LoraSegment, PIECES, ShrinkSum},
-    lora_sums::CHAINS,
+    lora::LoraSegment,
+    lora_sums::{CHAINS, ShrinkSum},
     product::SUM_BLOCK,
     simd::LANES,
 };
+
+/// Tasks for each thread, where there is work for so many.
+pub(super) const PIECES: usize = 8;
 
 /// The sums, each of a block of terms for sixteen elements of a row.
 pub(super) struct Shrink {

@@ -22,6 +22,7 @@ mod bf16_rows;
 mod gemm;
 mod heap;
 mod lora;
+mod lora_additions;
 mod lora_shrink;
 mod lora_sums;
 mod pages;
@@ -46,7 +47,8 @@ pub use attention::{
 };
 pub use gemm::MatmulJob;
 pub use heap::release_freed_memory;
-pub use lora::{Additions, LoraOutput, LoraSegment, LoraTarget, add_lora, add_loras};
+pub use lora::{LoraOutput, LoraSegment, LoraTarget, add_lora, add_loras};
+pub use lora_additions::Additions;
 pub use panels::{GROUP, PackedWeight, WeightForm};
 pub use roofline::Roofline;
 pub use rows::RmsNormGradient;

@@ -8,6 +8,7 @@ mod support;
 
 use tunesmith::kernels::{KvForm, WeightForm};
 
+mod adapted_products;
 mod attention;
 mod families;
 mod guard_pages;
