@@ -13,6 +13,7 @@ use tunesmith::{
         AdapterCard, AdapterError, CurvePoint, LoadLimits, LoraAdapter, LoraModule, check_base,
     },
     model::{Projection, Site},
+    ops::lora_dtype::LoraDtype,
 };
 
 const FIRST_TENSOR: &str = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight";

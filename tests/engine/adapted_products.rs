@@ -113,7 +113,7 @@ proptest! {
     fn additions_between_the_tiles_of_products_give_the_bits_of_one_after_the_other(
         counts in prop::collection::vec(0_usize..25, 1..6),
         columns in prop::collection::vec(1_usize..700, 1..4),
-        ranks in prop::collection::vec(0_usize..40, 6),
+        ranks in prop::collection::vec(1_usize..40, 6),
         k in 1_usize..1300, form in 0_usize..WEIGHT_FORMS.len(), seed in any::<u64>(),
     ) {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
