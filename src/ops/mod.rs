@@ -30,4 +30,4 @@ pub mod soft_cap;
 pub mod storage;
 pub mod weight;
 
-pub use crate::kernels::release_freed_memory;
+pub use crate::kernels::{keep_freed_memory, release_freed_memory};

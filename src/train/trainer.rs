@@ -29,7 +29,7 @@ use super::{
 };
 use crate::data::Example;
 use crate::model::Dropout;
-use crate::ops::release_freed_memory;
+use crate::ops::{keep_freed_memory, release_freed_memory};
 use crate::publish::disk;
 
 /// Models with more parameters than this keep all cores busy with one micro-batch.
@@ -155,6 +155,8 @@ impl<'a> Trainer<'a> {
         if workspace.is_some() {
             epochs::prepare(config)?;
         }
+        // After the model is read: what that left behind is free for the steps, too.
+        keep_freed_memory();
         let workers = Workers::new(num_workers(model.decoder.num_parameters()))?;
         // Before a checkpoint is read: the parameters are still those of the start, so a resumed run
         // compares with the same numbers.
