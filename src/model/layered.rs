@@ -1,17 +1,18 @@
 //! The forward pass for training: cut between the layers, so that its backward pass holds the graph of
 //! one layer at a time, and forgets each as soon as it is done with it.
 //!
-//! The layers are those of [`Decoder::hidden`]. Until its turn comes, a layer's graph lacks what [`Inside`] makes
-//! again. With [`Recompute::Block`] the graph is not even kept until then, but made again from the layer's input (Chen et al. 2016,
-//! <https://arxiv.org/abs/1604.06174>). What a layer computes depends on its input alone, masks of
-//! dropout included, so the gradients are the same bits.
+//! The layers are those of [`Decoder::hidden`]. Until its turn comes, a layer's graph lacks the values that
+//! [`Inside`] takes and makes again. With [`Recompute::Block`] the graph is not even kept until then, but made
+//! again from the layer's input (Chen et al. 2016, <https://arxiv.org/abs/1604.06174>). What a layer computes
+//! depends on its input alone, masks of dropout included, so the gradients are the same bits.
 
 use std::{ops::Range, sync::Arc};
 
 use candle_core::{Tensor, Var, backprop::GradStore};
 
 use super::{
-    Decoder, DeltaRows, Dropout, ModelError, Step, inside::Inside, layer::LayerContext, step::Layout,
+    Decoder, DeltaRows, Dropout, ModelError, Step, inside::Inside, layer::LayerContext,
+    step::Layout,
 };
 use crate::ops::{rope::Angles, seed::backward_from, values::take};
 
