@@ -2,6 +2,7 @@
 
 mod advance;
 mod best;
+mod compare;
 mod pause;
 
 pub(super) use advance::{Position, Turn};
@@ -41,7 +42,7 @@ const NUM_COMPARED: usize = 8;
 const SPIKE_FACTOR: f64 = 3.0;
 /// So many steps with a gradient of exactly 0 are no accident.
 const DEAD_STEPS: usize = 5;
-/// Steps whose median that is; fewer say too little.
+/// Steps whose median that is; fewer at the start of a run.
 const SPIKE_WINDOW: usize = 20;
 
 /// Trains as `job` says and publishes the output. `observer` hears of every event; when `stop`
@@ -402,10 +403,7 @@ impl<'a> Trainer<'a> {
     fn examine(&mut self, scored: &[Scored<'_>]) -> Result<Examination, TrainError> {
         let Some(examiner) = self.examiner.take() else { return Ok(Examination::default()) };
         let examination = self.as_candidate(scored, |candidate| examiner.examine(candidate))?;
-        if let Some(max_difference) = examination.max_difference {
-            let num_tokens = examination.num_tokens;
-            self.say(TrainEvent::Parity { step: self.step, max_difference, num_tokens })?;
-        }
+        self.say_parity(&examination)?;
         Ok(examination)
     }
 
@@ -420,6 +418,7 @@ impl<'a> Trainer<'a> {
         let config = &self.job.config;
         let Some(dir) = &config.epoch_dir else { return Ok(()) };
         self.validate_fully()?;
+        self.compare(false)?;
         let path = epochs::folder(dir, self.step);
         output::publish(&self.finished(), &path)?;
         if let Err(error) = epochs::prune(dir, self.step, config.keep_epochs) {

@@ -1,13 +1,12 @@
 //! What a run publishes is the best that it has seen, it ends when nothing becomes better, and what it
 //! does at random is repeated by a run that was stopped.
 
-use std::{
-    fs,
-    path::Path,
-    sync::atomic::{AtomicBool, Ordering},
-};
+use std::{fs, path::Path};
 
-use crate::common::{TempDir, fixture};
+use crate::{
+    common::{TempDir, fixture},
+    jobs::{self, run_for, run_to_end, run_until},
+};
 use tunesmith::{
     adapters::AdapterCard,
     data::Example,
@@ -24,7 +23,7 @@ fn rows(count: usize, first: usize, period: usize, pairs: bool) -> Vec<Example> 
         let token = |at: usize| (first + index % 4 * 7 + at % period) as u32;
         let tokens = (0..length).map(token).collect();
         let loss_mask = (0..length).map(|at| at >= length / 2).collect();
-        Example { line: index + 1, tokens, loss_mask, num_truncated: 0, rejected: None }
+        jobs::row(index, tokens, loss_mask)
     };
     let both = |index: usize| {
         let rejected = pairs.then(|| Box::new(row(index, first + 100)));
@@ -36,9 +35,8 @@ fn rows(count: usize, first: usize, period: usize, pairs: bool) -> Vec<Example> 
 /// A run whose validation rows have nothing in common with the training rows, so that their loss goes
 /// down for a while at best.
 fn job(dir: &Path, change: impl FnOnce(&mut TrainConfig)) -> TrainJob {
-    let model_dir = fixture("tiny-llama");
     let mut config = TrainConfig {
-        model: model_dir.display().to_string(),
+        model: fixture("tiny-llama").display().to_string(),
         data: "rows.jsonl".into(),
         output: dir.join("adapter"),
         rank: 4,
@@ -54,28 +52,7 @@ fn job(dir: &Path, change: impl FnOnce(&mut TrainConfig)) -> TrainJob {
     };
     change(&mut config);
     let pairs = config.objective.wants_pairs();
-    let (train, valid) = (rows(16, 20, 4, pairs), rows(4, 30, 5, pairs));
-    TrainJob { config, model_dir, train, valid, sources: Vec::new(), companions: Vec::new() }
-}
-
-fn run_until(
-    job: &TrainJob,
-    stop_after: usize,
-) -> Result<(TrainSummary, Vec<TrainEvent>), TrainError> {
-    let stop = AtomicBool::new(false);
-    let mut events = Vec::new();
-    let mut observer = |event: &TrainEvent| {
-        events.push(event.clone());
-        if matches!(event, TrainEvent::Step { step, .. } if *step == stop_after) {
-            stop.store(true, Ordering::Relaxed);
-        }
-    };
-    let summary = run(job, &mut observer, &stop)?;
-    Ok((summary, events))
-}
-
-fn run_to_end(job: &TrainJob) -> (TrainSummary, Vec<TrainEvent>) {
-    run_until(job, usize::MAX).unwrap()
+    jobs::job(config, rows(16, 20, 4, pairs), rows(4, 30, 5, pairs))
 }
 
 /// Step and loss of the best validation.
@@ -137,7 +114,7 @@ fn a_stopped_run_publishes_the_same_best_even_from_an_older_checkpoint() {
     let (best_step, _) = best(&events);
     for stop_after in [1, best_step - 1, best_step, best_step + 1, best_step + 3, whole.step - 1] {
         let mut again = settings(&format!("stopped-{stop_after}"));
-        let (stopped, _) = run_until(&again, stop_after).unwrap();
+        let stopped = run_for(&again, stop_after);
         assert_eq!(stopped.outcome, Outcome::Stopped);
         let checkpoints = work_dir(&again.config.output).join("checkpoints");
         let mut found: Vec<_> =
@@ -253,7 +230,7 @@ fn settings_that_need_validation_rows_or_each_other_are_refused_by_name() {
         ),
     ];
     for (job, key) in refused {
-        let error = run_until(&job, usize::MAX).unwrap_err().to_string();
+        let error = run_until(&job, |_| false).unwrap_err().to_string();
         assert!(error.starts_with(key), "{key}: {error}");
         assert!(!job.config.output.exists());
     }
