@@ -90,7 +90,7 @@ fn broken_containers_are_problems_with_a_place() {
         ("windows.csv", b"prompt,completion\r\n\"a\r\nb\",c\r\nd,\r\n", 4, "missing_completion"),
         ("first.csv", b"prompt,completion\r\na,\r\n", 2, "missing_completion"),
         ("blank.csv", b"prompt,completion\n\n\nc,\n", 4, "missing_completion"),
-        ("told.csv", b"sep=;\na;b\n1;2\n1;2;3\n", 4, "invalid_csv"),
+        ("told.csv", b"sep=;\nprompt;completion\na;b\na;b;c\n", 4, "invalid_csv"),
         ("broken.parquet", b"PAR1 and nothing else", 1, BROKEN_PARQUET),
     ] {
         fs::write(dir.join(name), bytes).unwrap();

@@ -11,8 +11,7 @@ use tunesmith::{
     adapters::AdapterCard,
     data::Example,
     train::{
-        LossTokens, Objective, Outcome, ScheduleKind, TrainConfig, TrainError, TrainEvent,
-        TrainJob, TrainSummary, run, work_dir,
+        LossTokens, Objective, Outcome, ScheduleKind, TrainConfig, TrainEvent, TrainJob, work_dir,
     },
 };
 
@@ -128,6 +127,47 @@ fn a_stopped_run_publishes_the_same_best_even_from_an_older_checkpoint() {
         assert_eq!(resumed.digest, whole.digest, "stopped after step {stop_after}");
         assert_eq!(resumed.best_step, whole.best_step);
     }
+}
+
+#[test]
+fn best_parameters_that_are_not_what_was_written_are_not_published() {
+    let dir = TempDir::new();
+    let mut job = job(&dir.0, |config| {
+        config.keep_best = true;
+        config.early_stopping_patience = Some(3);
+    });
+    let (_, events) = run_to_end(&job);
+    job.config.output = dir.join("again");
+    run_for(&job, best(&events).0 + 1);
+    for entry in fs::read_dir(work_dir(&job.config.output).join("best")).unwrap() {
+        let path = entry.unwrap().path();
+        let mut bytes = fs::read(&path).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        fs::write(&path, bytes).unwrap();
+    }
+    job.config.resume = true;
+    let error = run_until(&job, |_| false).unwrap_err().to_string();
+    assert!(error.contains("is not what was written"), "{error}");
+    assert!(!job.config.output.exists());
+}
+
+#[test]
+fn some_of_the_validation_rows_are_asked_in_rotation() {
+    let dir = TempDir::new();
+    let job = job(&dir.0, |config| {
+        config.lr = Some(0.0);
+        config.max_steps = Some(6);
+        config.eval_every = 1;
+        config.valid_batch = Some(1);
+    });
+    let (_, events) = run_to_end(&job);
+    let part = |event: &TrainEvent| {
+        let TrainEvent::Validated { full: false, loss, .. } = event else { return None };
+        Some(*loss)
+    };
+    let losses: Vec<f64> = events.iter().filter_map(part).collect();
+    assert_eq!((losses.len(), losses[4]), (5, losses[0]), "four rows, one at a time");
+    assert!(losses[1..4].iter().all(|loss| *loss != losses[0]), "{losses:?}");
 }
 
 #[test]

@@ -64,6 +64,7 @@ fn a_dry_run_measures_two_steps_after_the_first_and_leaves_nothing_behind() {
         " for 6 steps",
         "memory peak ",
         "an epoch: 10 examples, 200 tokens, 190 of them trained; 10 examples are cut and lose ",
+        "10 rows are cut off at 20 tokens (max_length) and lose ",
         "dry run: nothing is written to out",
     ] {
         assert!(text.contains(expected), "{expected:?} is missing in\n{text}");

@@ -5,6 +5,7 @@
 mod common;
 
 mod batches;
+mod chance;
 mod choice;
 mod dialects;
 mod faults;

@@ -15,7 +15,6 @@ use crate::{
 };
 use candle_core::{Device, Tensor, Var};
 use tunesmith::{
-    data::Example,
     model::Quantization,
     ops::{
         adapted_linear::{TrainedLora, adapted_linear},
@@ -25,7 +24,6 @@ use tunesmith::{
     },
     train::{
         Method, Objective, Outcome, Packing, RecomputeChoice, TrainConfig, TrainEvent, TrainJob,
-        TrainSummary, run,
     },
 };
 
@@ -59,12 +57,13 @@ fn job(dir: &Path, family: &str, change: impl FnOnce(&mut TrainConfig)) -> Train
 #[test]
 fn recomputing_layers_changes_no_bit_of_what_is_trained() {
     type Change = fn(&mut TrainConfig);
-    let kinds: [(&str, Change); 7] = [
+    let kinds: [(&str, Change); 8] = [
         ("lora with dropout", |_| {}),
         ("two projections, rslora", |config| {
             config.targets.0 = vec!["q_proj".to_owned(), "down_proj".to_owned()];
             config.rslora = true;
         }),
+        ("rows with trained lengths", |config| config.variant = "dora".to_owned()),
         ("preferences", |config| config.objective = Objective::Dpo),
         ("a rounded base", |config| config.quantize = Quantization::Int8),
         ("a base in bf16", |config| config.quantize = Quantization::Bf16),
@@ -74,7 +73,10 @@ fn recomputing_layers_changes_no_bit_of_what_is_trained() {
             config.dropout = 0.0;
         }),
     ];
-    for family in ["tiny-llama", "tiny-qwen2"] {
+    // The last two have norms of heads, and norms behind their blocks.
+    let families = [("tiny-llama", &kinds[..]), ("tiny-qwen2", &kinds[..])];
+    let others = [("families/qwen3", &kinds[..3]), ("families/gemma2", &kinds[..3])];
+    for (family, kinds) in families.into_iter().chain(others) {
         for (kind, change) in kinds {
             let digest = |recompute| {
                 let dir = TempDir::new();

@@ -12,8 +12,7 @@ use tunesmith::{
     model::{Decoder, ModelConfig, WeightMode},
     train::{
         Candidate, EventLog, Examination, Examiner, Generated, Method, Outcome, Surroundings,
-        TrainConfig, TrainError, TrainEvent, TrainJob, TrainSummary, WeightDtype, run, run_with,
-        work_dir,
+        TrainConfig, TrainError, TrainEvent, TrainJob, WeightDtype, run_with, work_dir,
     },
 };
 
@@ -68,6 +67,46 @@ fn a_run_lowers_the_loss_and_publishes_everything_that_belongs_to_an_adapter() {
     let log = fs::read_to_string(output.join("events.jsonl")).unwrap();
     assert_eq!(self::losses(EventLog::from_text(&log).events()).len(), losses.len());
     assert!(!work_dir(output).exists(), "the work folder is left");
+}
+
+#[test]
+fn a_part_of_an_epoch_is_rounded_up_to_whole_steps() {
+    let scratch = TempDir::new();
+    // Twenty-four rows in steps of ten: an epoch has three steps.
+    let job = job(&scratch.0, |config| (config.epochs, config.batch_size) = (1.5, 10));
+    let (summary, _) = run_to_end(&job);
+    assert_eq!((summary.step, summary.total_steps), (5, 5));
+}
+
+#[test]
+fn the_first_update_is_that_of_adamw_with_torchs_epsilon() {
+    const EPSILON: f64 = 1e-8;
+    const LEARNING_RATE: f64 = 1e-2;
+    let scratch = TempDir::new();
+    // So small a scale that gradients are about as small as epsilon.
+    let job = job(&scratch.0, |config| {
+        (config.alpha, config.dropout, config.grad_clip) = (1e-6, 0.0, 0.0);
+        (config.lr, config.warmup_ratio) = (Some(LEARNING_RATE), 0.0);
+        config.max_steps = Some(1);
+    });
+    let (summary, events) = run_to_end(&job);
+    let norm = events.iter().find_map(|event| match event {
+        TrainEvent::Step { grad_norm, .. } => Some(*grad_norm),
+        _ => None,
+    });
+    // B was 0 and is now rate * g / (|g| + epsilon), which tells g; A has no gradient as long as B is 0.
+    let base = ModelConfig::from_dir(&job.model_dir).unwrap();
+    let adapter = LoraAdapter::read(&summary.path, &base, false).unwrap();
+    let mut squares = 0.0;
+    for module in adapter.modules().values() {
+        let [_, b] = module.matrices().unwrap();
+        for value in b.flatten_all().unwrap().to_vec1::<f32>().unwrap() {
+            let value = f64::from(value.abs());
+            squares += (EPSILON * value / (LEARNING_RATE - value)).powi(2);
+        }
+    }
+    let (norm, told) = (norm.unwrap(), f64::sqrt(squares));
+    assert!((told / norm - 1.0).abs() < 0.01, "{told:e}, not {norm:e}");
 }
 
 #[test]
