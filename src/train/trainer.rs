@@ -2,6 +2,7 @@
 
 mod advance;
 mod best;
+mod compare;
 mod dropout;
 mod examples;
 mod keep;

@@ -6,16 +6,15 @@ use std::{
     fs,
     path::Path,
     process::Command,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::AtomicBool},
 };
 
-use crate::common::{TempDir, fixture};
+use crate::{
+    common::{TempDir, fixture},
+    jobs::{self, patterns, run_for},
+};
 use candle_core::{Device, Tensor, Var};
 use tunesmith::{
-    data::Example,
     model::Quantization,
     ops::{
         adapted_linear::{TrainedLora, adapted_linear},
@@ -25,30 +24,12 @@ use tunesmith::{
     },
     train::{
         Method, Objective, Outcome, Packing, RecomputeChoice, TrainConfig, TrainEvent, TrainJob,
-        TrainSummary, run,
     },
 };
 
-/// Rows that repeat a short pattern, of differing lengths; the second half is trained.
-fn examples(count: usize, first_token: usize) -> Vec<Example> {
-    let example = |index: usize| {
-        let length = 8 + index * 5 % 17;
-        let token = |at: usize| (first_token + index % 5 * 3 + at % 4) as u32;
-        Example {
-            line: index + 1,
-            tokens: (0..length).map(token).collect(),
-            loss_mask: (0..length).map(|at| at >= length / 2).collect(),
-            num_truncated: 0,
-            rejected: None,
-        }
-    };
-    (0..count).map(example).collect()
-}
-
 fn job(dir: &Path, family: &str, change: impl FnOnce(&mut TrainConfig)) -> TrainJob {
-    let model_dir = fixture(family);
     let mut config = TrainConfig {
-        model: model_dir.display().to_string(),
+        model: fixture(family).display().to_string(),
         data: "rows.jsonl".into(),
         output: dir.join("out"),
         rank: 4,
@@ -64,31 +45,13 @@ fn job(dir: &Path, family: &str, change: impl FnOnce(&mut TrainConfig)) -> Train
         ..TrainConfig::default()
     };
     change(&mut config);
-    let mut train = examples(24, 20);
+    let mut train = patterns(24, 20);
     if config.objective == Objective::Dpo {
-        for (example, other) in train.iter_mut().zip(examples(24, 40)) {
+        for (example, other) in train.iter_mut().zip(patterns(24, 40)) {
             example.rejected = Some(Box::new(other));
         }
     }
-    TrainJob {
-        config,
-        model_dir,
-        train,
-        valid: Vec::new(),
-        sources: Vec::new(),
-        companions: Vec::new(),
-    }
-}
-
-/// Runs to the end, or until `steps` are made.
-fn run_for(job: &TrainJob, steps: usize) -> TrainSummary {
-    let stop = AtomicBool::new(false);
-    let mut observer = |event: &TrainEvent| {
-        if matches!(event, TrainEvent::Step { step, .. } if *step == steps) {
-            stop.store(true, Ordering::Relaxed);
-        }
-    };
-    run(job, &mut observer, &stop).unwrap()
+    jobs::job(config, train, Vec::new())
 }
 
 #[test]

@@ -17,6 +17,7 @@ impl Trainer<'_> {
         let config = &self.job.config;
         let Some(dir) = &config.epoch_dir else { return Ok(()) };
         self.validate_fully()?;
+        self.compare(false)?;
         let path = epochs::folder(dir, self.step);
         output::publish(&self.finished(), &path)?;
         if let Err(error) = epochs::prune(dir, self.step, config.keep_epochs) {

@@ -84,10 +84,7 @@ impl Trainer<'_> {
     pub(super) fn examine(&mut self, scored: &[Scored<'_>]) -> Result<Examination, TrainError> {
         let Some(examiner) = self.examiner.take() else { return Ok(Examination::default()) };
         let examination = self.as_candidate(scored, |candidate| examiner.examine(candidate))?;
-        if let Some(max_difference) = examination.max_difference {
-            let num_tokens = examination.num_tokens;
-            self.say(TrainEvent::Parity { step: self.step, max_difference, num_tokens })?;
-        }
+        self.say_parity(&examination)?;
         Ok(examination)
     }
 

@@ -6,7 +6,7 @@ use super::{TrainError, TrainEvent, Trainer, report};
 const SPIKE_FACTOR: f64 = 3.0;
 /// So many steps with a gradient of exactly 0 are no accident.
 const DEAD_STEPS: usize = 5;
-/// Steps whose median that is; fewer say too little.
+/// Steps whose median that is; fewer at the start of a run.
 const SPIKE_WINDOW: usize = 20;
 
 impl Trainer<'_> {
