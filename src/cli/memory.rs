@@ -160,10 +160,10 @@ fn table_parameters(model: &ModelConfig) -> usize {
     tables * model.vocab_size * model.hidden_size
 }
 
-/// Bytes of the base as it is held: as in its files, or rounded, with a scale for each 32 weights.
+/// Bytes of the base as it is held: as in its files, or rounded, with a scale for each group of weights.
 fn weight_bytes(dir: &Path, model: &ModelConfig, quantize: Quantization) -> io::Result<u64> {
     const SCALE: usize = 2;
-    let int8 = |weights: usize| weights + weights / 32 * SCALE;
+    let int8 = |weights: usize| weights + weights / 64 * SCALE;
     let int4 = |weights: usize| weights / 2 + weights / 32 * SCALE;
     match quantize {
         Quantization::None => file_bytes(dir),

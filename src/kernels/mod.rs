@@ -46,7 +46,7 @@ pub use attention::{
 pub use gemm::MatmulJob;
 pub use heap::{keep_freed_memory, release_freed_memory};
 pub use lora::{LoraOutput, LoraSegment, add_lora, add_loras};
-pub use panels::{GROUP, PackedWeight, WeightForm};
+pub use panels::{PackedWeight, WeightForm};
 pub use roofline::Roofline;
 pub use rows::RmsNormGradient;
 pub use simd::LANES;

@@ -27,7 +27,7 @@ const PREFETCH_BYTES: usize = 1024;
 
 impl PackedWeight {
     /// `out = x W^T + bias`: `x [rows, in]`, `bias [out]`, `out [rows, out]`. With an int8 or int4
-    /// weight, the rows of `x` are rounded to 8 bits too, each group of 32 by a scale of its own; with
+    /// weight, the rows of `x` are rounded to 8 bits too, each group of its terms by a scale of its own; with
     /// [`WeightForm::Bf16Dot`], to bf16.
     ///
     /// # Panics
