@@ -2,16 +2,11 @@
 //! runs and every method.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test may panic")]
 
-use std::{
-    fs,
-    path::Path,
-    process::Command,
-    sync::{Arc, atomic::AtomicBool},
-};
+use std::{fs, path::Path, process::Command, sync::Arc};
 
 use crate::{
     common::{TempDir, fixture},
-    jobs::{self, patterns, run_for},
+    jobs::{self, patterns, run_for, run_to_end},
 };
 use candle_core::{Device, Tensor, Var};
 use tunesmith::{
@@ -122,14 +117,11 @@ fn packed_rows_are_what_a_step_counts() {
             config.packing = packing;
             (config.max_steps, config.epochs) = (None, 1.0);
         });
-        let mut tokens = Vec::new();
-        let mut observer = |event: &TrainEvent| {
-            if let TrainEvent::Step { num_tokens, .. } = event {
-                tokens.push(*num_tokens);
-            }
+        let tokens = |event: &TrainEvent| {
+            let TrainEvent::Step { num_tokens, .. } = event else { return None };
+            Some(*num_tokens)
         };
-        run(&job, &mut observer, &AtomicBool::new(false)).unwrap();
-        tokens
+        run_to_end(&job).1.iter().filter_map(tokens).collect::<Vec<_>>()
     };
     let (plain, packed) = (epoch(Packing::None), epoch(Packing::Bfd));
     assert_eq!((plain.len(), packed.len()), (6, 2));
