@@ -90,9 +90,9 @@ fn the_first_update_is_that_of_adamw_with_torchs_epsilon() {
         config.max_steps = Some(1);
     });
     let (summary, events) = run_to_end(&job);
-    let norm = events.iter().find_map(|event| match event {
-        TrainEvent::Step { grad_norm, .. } => Some(*grad_norm),
-        _ => None,
+    let norm = events.iter().find_map(|event| {
+        let TrainEvent::Step { grad_norm, .. } = event else { return None };
+        Some(*grad_norm)
     });
     // B was 0 and is now rate * g / (|g| + epsilon), which tells g; A has no gradient as long as B is 0.
     let base = ModelConfig::from_dir(&job.model_dir).unwrap();
