@@ -44,7 +44,7 @@ pub use attention::{
     KvSide, QuerySpan,
 };
 pub use gemm::MatmulJob;
-pub use heap::{buffer, keep_freed_memory, release_freed_memory, sparse_zeros};
+pub use heap::{buffer, keep_freed_memory, release_freed_memory};
 pub use lora::{LoraOutput, LoraSegment, add_lora, add_loras};
 pub use panels::{GROUP, PackedWeight, WeightForm};
 pub use roofline::Roofline;

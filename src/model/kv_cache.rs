@@ -2,12 +2,11 @@
 
 use std::str::FromStr;
 
-use candle_core::{Device, Tensor};
-use half::bf16;
+use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::{ModelConfig, ModelError};
-use crate::kernels::{AttentionShape, KvForm, KvSide, LANES, sparse_zeros};
+use crate::kernels::{AttentionShape, KvForm, KvSide, LANES};
 
 /// How keys and values are held, as a user says it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -31,12 +30,12 @@ impl KvDtype {
         }
     }
 
-    /// A panel, which takes memory as it is written to; int8 comes as bytes, since its scales lie among them.
-    fn zeros(self, count: usize) -> candle_core::Result<Tensor> {
+    /// The dtype of a panel; int8 comes as bytes, since its scales lie among them.
+    fn storage(self) -> DType {
         match self {
-            Self::F32 => Tensor::from_vec(sparse_zeros::<f32>(count), count, &Device::Cpu),
-            Self::Bf16 => Tensor::from_vec(sparse_zeros::<bf16>(count), count, &Device::Cpu),
-            Self::Int8 => Tensor::from_vec(sparse_zeros::<u8>(count), count, &Device::Cpu),
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+            Self::Int8 => DType::U8,
         }
     }
 }
@@ -92,7 +91,7 @@ impl KvCache {
         }
         let panel = |layer, side| {
             let block_len = dtype.form().block_len(&attention_shape(config, layer), side);
-            dtype.zeros(num_blocks * block_len)
+            Tensor::zeros(num_blocks * block_len, dtype.storage(), &Device::Cpu)
         };
         let layers = (0..config.num_layers)
             .map(|layer| Ok((panel(layer, KvSide::Keys)?, panel(layer, KvSide::Values)?)))

@@ -12,13 +12,13 @@ use super::{
 use crate::kernels::{AttentionShape, KvSide};
 use crate::ops::{
     adapted_linear::adapted_linear,
-    add::add,
     attention::{attention, paged_attention, write_cache},
-    gated_mlp::{Activation, gated_mul},
+    gated_mlp::Activation,
+    in_place::{add, gated_mul, rope},
     linear::linear,
     lora::add_in_place,
     profile::{self, Op},
-    rope::{Angles, rope},
+    rope::Angles,
     served::{self, ServedProjection},
     weight::Weight,
 };
@@ -95,7 +95,7 @@ impl Layer {
         let q = maybe_heads(self.norms.query.as_ref(), q)?;
         let k = maybe_heads(self.norms.key.as_ref(), k)?;
         // 2. Positions.
-        let (q, k) = (rope(&q, context.angles)?, rope(&k, context.angles)?);
+        let (q, k) = (rope(q, context.angles)?, rope(k, context.angles)?);
         // 3. Attention, within the sequences or over the cache.
         let attended = match context.layout {
             Layout::Whole(sequences) => attention(&q, &k, &v, self.shape, sequences)?,
@@ -107,13 +107,13 @@ impl Layer {
             }
         };
         let [attended] = self.project([Projection::O], &attended, context)?;
-        let x = add(x, &maybe(self.norms.attention_output.as_ref(), attended)?)?;
+        let x = add(x, maybe(self.norms.attention_output.as_ref(), attended)?)?;
         // 4. The gated feed-forward of the normed sum.
         let normed = self.norms.mlp_input.forward(&x)?;
         let [gate, up] = self.project([Projection::Gate, Projection::Up], &normed, context)?;
-        let gated = gated_mul(self.activation, &gate, &up)?;
+        let gated = gated_mul(self.activation, gate, &up)?;
         let [down] = self.project([Projection::Down], &gated, context)?;
-        Ok(add(&x, &maybe(self.norms.mlp_output.as_ref(), down)?)?)
+        Ok(add(&x, maybe(self.norms.mlp_output.as_ref(), down)?)?)
     }
 
     /// The outputs of projections of one input.
