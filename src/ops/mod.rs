@@ -29,6 +29,7 @@ pub mod seed;
 pub mod served;
 pub mod soft_cap;
 pub mod storage;
+pub mod values;
 pub mod weight;
 
 pub use crate::kernels::{keep_freed_memory, release_freed_memory};

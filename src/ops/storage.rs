@@ -15,7 +15,7 @@ pub(super) fn f32_slice<'a>(
     layout: &Layout,
     op: &'static str,
 ) -> Result<&'a [f32]> {
-    Ok(&storage.as_slice::<f32>()?[range(layout, op)?])
+    whole_slice(storage, layout, op)
 }
 
 /// The same, to be written.
@@ -37,7 +37,8 @@ pub(super) fn whole_slice<'a, T: candle_core::WithDType>(
     layout: &Layout,
     op: &'static str,
 ) -> Result<&'a [T]> {
-    Ok(&storage.as_slice::<T>()?[range(layout, op)?])
+    let values = storage.as_slice::<T>()?.get(range(layout, op)?);
+    values.ok_or_else(|| mismatch(op, "the values of an input were let go of"))
 }
 
 /// Runs `body` on the f32 elements of a tensor, where they are. `op` is for the message.

@@ -94,12 +94,13 @@ fn run_for(job: &TrainJob, steps: usize) -> TrainSummary {
 #[test]
 fn recomputing_layers_changes_no_bit_of_what_is_trained() {
     type Change = fn(&mut TrainConfig);
-    let kinds: [(&str, Change); 7] = [
+    let kinds: [(&str, Change); 8] = [
         ("lora with dropout", |_| {}),
         ("two projections, rslora", |config| {
             config.targets.0 = vec!["q_proj".to_owned(), "down_proj".to_owned()];
             config.rslora = true;
         }),
+        ("rows with trained lengths", |config| config.variant = "dora".to_owned()),
         ("preferences", |config| config.objective = Objective::Dpo),
         ("a rounded base", |config| config.quantize = Quantization::Int8),
         ("a base in bf16", |config| config.quantize = Quantization::Bf16),
@@ -109,7 +110,10 @@ fn recomputing_layers_changes_no_bit_of_what_is_trained() {
             config.dropout = 0.0;
         }),
     ];
-    for family in ["tiny-llama", "tiny-qwen2"] {
+    // The last two have norms of heads, and norms behind their blocks.
+    let families = [("tiny-llama", &kinds[..]), ("tiny-qwen2", &kinds[..])];
+    let others = [("families/qwen3", &kinds[..3]), ("families/gemma2", &kinds[..3])];
+    for (family, kinds) in families.into_iter().chain(others) {
         for (kind, change) in kinds {
             let digest = |recompute| {
                 let dir = TempDir::new();
