@@ -44,7 +44,7 @@ pub use attention::{
     KvSide, QuerySpan,
 };
 pub use gemm::MatmulJob;
-pub use heap::{keep_freed_memory, release_freed_memory};
+pub use heap::{buffer, keep_freed_memory, release_freed_memory};
 pub use lora::{LoraOutput, LoraSegment, add_lora, add_loras};
 pub use panels::{PackedWeight, WeightForm};
 pub use roofline::Roofline;

@@ -8,7 +8,8 @@ use crate::ops::{
     values::{put_back, take},
 };
 
-/// The tensors inside a layer that matter here, in the order of the forward pass.
+/// The tensors inside a layer that matter here, in the order of the forward pass. Those that are not tracked may
+/// have been overwritten by what became of them; nothing that is tracked is made of them again.
 pub(super) struct Inside {
     /// The layer's input.
     pub(super) x: Tensor,

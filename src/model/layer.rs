@@ -13,13 +13,13 @@ use super::{
 use crate::kernels::{AttentionShape, KvSide};
 use crate::ops::{
     adapted_linear::adapted_linear,
-    add::add,
     attention::{attention, paged_attention, write_cache},
-    gated_mlp::{Activation, gated_mul},
+    gated_mlp::Activation,
+    in_place::{add, gated_mul, rope},
     linear::linear,
     lora::add_in_place,
     profile::{self, Op},
-    rope::{Angles, rope},
+    rope::Angles,
     served::{self, ServedProjection},
     weight::Weight,
 };
@@ -105,7 +105,8 @@ impl Layer {
         let q = maybe_heads(self.norms.query.as_ref(), q)?;
         let k = maybe_heads(self.norms.key.as_ref(), k)?;
         // 2. Positions.
-        let (rotated_q, rotated_k) = (rope(&q, context.angles)?, rope(&k, context.angles)?);
+        let rotated_q = rope(q.clone(), context.angles)?;
+        let rotated_k = rope(k.clone(), context.angles)?;
         // 3. Attention, within the sequences or over the cache.
         let attended = match context.layout {
             Layout::Whole(sequences) => {
@@ -120,14 +121,14 @@ impl Layer {
         };
         let [attended] = self.project([Projection::O], &attended, context)?;
         let attended = maybe(self.norms.attention_output.as_ref(), attended)?;
-        let middle = add(x, &attended)?;
+        let middle = add(x, attended.clone())?;
         // 4. The gated feed-forward of the normed sum.
         let mlp_input = self.norms.mlp_input.forward(&middle)?;
         let [gate, up] = self.project([Projection::Gate, Projection::Up], &mlp_input, context)?;
-        let gated = gated_mul(self.activation, &gate, &up)?;
+        let gated = gated_mul(self.activation, gate.clone(), &up)?;
         let [down] = self.project([Projection::Down], &gated, context)?;
         let down = maybe(self.norms.mlp_output.as_ref(), down)?;
-        let out = add(&middle, &down)?;
+        let out = add(&middle, down.clone())?;
         let x = x.clone();
         let inside =
             Inside { x, attention_input, q, k, attended, middle, mlp_input, gate, up, gated, down };

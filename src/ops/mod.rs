@@ -16,6 +16,7 @@ pub mod dora;
 pub mod dropout;
 pub mod embedding;
 pub mod gated_mlp;
+pub mod in_place;
 pub mod linear;
 pub mod lora;
 pub mod mean_row;

@@ -11,7 +11,7 @@ use super::{
     profile::{Op, time},
     storage::{mismatch, tensor, with_f32},
 };
-use crate::kernels::{LoraOutput, PackedWeight, add_loras, best};
+use crate::kernels::{LoraOutput, PackedWeight, add_loras, best, buffer};
 
 const NAME: &str = "projections";
 
@@ -46,7 +46,7 @@ pub fn projections(x: &Tensor, served: &[ServedProjection<'_>], op: Op) -> Resul
         }
     }
     let mut outputs: Vec<_> =
-        served.iter().map(|served| vec![0.0; rows * served.weight.shape()[0]]).collect();
+        served.iter().map(|served| buffer(rows * served.weight.shape()[0])).collect();
     with_f32(x, NAME, |x| {
         for (ServedProjection { weight, bias, .. }, out) in served.iter().zip(&mut outputs) {
             let elements = weight.shape().iter().product::<usize>();

@@ -18,6 +18,19 @@ pub(super) fn f32_slice<'a>(
     whole_slice(storage, layout, op)
 }
 
+/// The same, to be written.
+pub(super) fn f32_slice_mut<'a>(
+    storage: &'a mut CpuStorage,
+    layout: &Layout,
+    op: &'static str,
+) -> Result<&'a mut [f32]> {
+    #[allow(clippy::wildcard_enum_match_arm, reason = "many dtypes are not f32")]
+    match storage {
+        CpuStorage::F32(values) => Ok(&mut values[range(layout, op)?]),
+        _ => Err(mismatch(op, "the input is not f32")),
+    }
+}
+
 /// The elements of a contiguous CPU tensor of any dtype.
 pub(super) fn whole_slice<'a, T: candle_core::WithDType>(
     storage: &'a CpuStorage,

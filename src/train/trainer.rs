@@ -152,7 +152,7 @@ impl<'a> Trainer<'a> {
             epochs::prepare(config)?;
         }
         // After the model is read: what that left behind is free for the steps, too.
-        keep_freed_memory();
+        keep_freed_memory(usize::MAX);
         let workers = Workers::new(num_workers(model.decoder.num_parameters()))?;
         // Before a checkpoint is read: the parameters are still those of the start, so a resumed run
         // compares with the same numbers.
