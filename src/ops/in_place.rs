@@ -1,6 +1,7 @@
 //! Operations on a tensor that nobody else holds: where nothing is tracked, the result takes its place. That
 //! saves the memory's way to the CPU and back. The numbers are those of the operations that make a new tensor,
 //! bit for bit.
+#![allow(clippy::needless_pass_by_value, reason = "a tensor that is given away is not read again")]
 
 use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Result, Tensor};
 
