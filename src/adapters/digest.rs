@@ -4,14 +4,15 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
-use super::{AdapterError, LoraModule, tables::Tables};
+use super::{AdapterError, module::RawModule, tables::Tables, variant::Variant};
 use crate::model::Site;
 use crate::publish::sha256_hex;
 
 /// SHA-256 over the hashes of every tensor in the order of names, each over name, shape, scale and
-/// f32 bytes. Neither the dtype in the file nor fields that only describe enter it.
+/// f32 bytes. Neither the dtype in the file or in memory nor fields that only describe enter it.
 pub(super) fn digest(
-    modules: &BTreeMap<Site, LoraModule>,
+    modules: &BTreeMap<Site, RawModule>,
+    (variant, use_rslora): (&Variant, bool),
     tables: &Tables,
 ) -> Result<String, AdapterError> {
     let mut hashes = BTreeMap::new();
@@ -25,8 +26,9 @@ pub(super) fn digest(
         Ok::<_, AdapterError>(())
     };
     for (site, module) in modules {
-        for (name, tensor) in module.named(*site)? {
-            add(name, &tensor, &module.scale.to_le_bytes())?;
+        let scale = module.scale(use_rslora)?.to_le_bytes();
+        for (name, tensor) in module.named(*site, variant) {
+            add(name, tensor, &scale)?;
         }
     }
     // Which tokens the rows are, the tensors do not say.

@@ -7,7 +7,12 @@ use super::{
     LoraModule, plain,
     variant::{Contribution, Variant, add_rows},
 };
-use crate::ops::{dora, linear::linear, lora, weight::Weight};
+use crate::ops::{
+    dora,
+    linear::linear,
+    lora::{self, LoraPart},
+    weight::Weight,
+};
 
 pub(super) const DORA: Variant = Variant {
     name: "dora",
@@ -68,6 +73,14 @@ pub(super) fn norms(module: &LoraModule, weight: &Weight) -> candle_core::Result
         let [a, b] = module.matrices()?;
         dora::row_norms(weight, &a, &b, module.scale)
     })
+}
+
+/// What a frozen module adds over `weight`, with its factors; `None` over another base than the first.
+pub(super) fn part<'a>(module: &'a LoraModule, weight: &Weight) -> Option<&'a LoraPart> {
+    if !module.has_followed() {
+        norms(module, weight).ok()?;
+    }
+    module.followed_part(weight)
 }
 
 /// `m / |W + scale * B A| * (W + scale * B A)`, row by row.

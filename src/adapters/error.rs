@@ -117,6 +117,16 @@ pub enum AdapterError {
         /// The element.
         value: f32,
     },
+    /// A value is too large for the dtype that adapters are to be held in.
+    #[error("tensor `{tensor}` holds {value}, which is too large for --lora-dtype {dtype}")]
+    OutOfRange {
+        /// The tensor.
+        tensor: String,
+        /// The value.
+        value: f32,
+        /// The dtype's name.
+        dtype: &'static str,
+    },
     /// The adapter's card says that it was made for another base model.
     #[error("made for the base model with fingerprint {found}, not for this one, {expected}")]
     WrongBase {
@@ -207,6 +217,7 @@ impl AdapterError {
             Self::WrongShape { .. } => "wrong_shape",
             Self::WrongDtype { .. } => "wrong_dtype",
             Self::NotFinite { .. } => "not_finite",
+            Self::OutOfRange { .. } => "out_of_range",
             Self::WrongBase { .. } => "wrong_base",
             Self::TooLarge { .. } => "too_large",
             Self::RankTooLarge { .. } => "rank_too_large",

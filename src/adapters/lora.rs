@@ -1,7 +1,7 @@
 //! An adapter: what it has at each projection and in place of the tables, and how it takes part in the
 //! forward pass.
 
-use std::{collections::BTreeMap, ops::Range};
+use std::{borrow::Cow, collections::BTreeMap, ops::Range};
 
 use candle_core::{Device, Tensor, Var};
 use rand::{Rng, SeedableRng};
@@ -19,7 +19,11 @@ use super::{
 use crate::model::{
     Decoder, Delta, Dropout, ModelConfig, ModelError, OwnTable, Projected, Projection, Site, Table,
 };
-use crate::ops::{adapted_linear::TrainedLora, dropout::dropout, lora::LoraPart};
+use crate::ops::{
+    adapted_linear::TrainedLora, dropout::dropout, lora::LoraPart, lora_dtype::LoraDtype,
+    weight::Weight,
+};
+use crate::publish::sha256_hex;
 
 /// A LoRA adapter over a base: low-rank modules per site, and tables of its own.
 ///
@@ -41,6 +45,7 @@ pub struct LoraAdapter {
     /// By PEFT name, sorted; the same storage as the tensors in `modules` and `tables`.
     variables: Vec<(String, Var)>,
     digest: String,
+    dtype: LoraDtype,
     pub(super) variant: &'static Variant,
     pub(super) dropout: f64,
     pub(super) use_rslora: bool,
@@ -56,6 +61,8 @@ pub(super) struct LoraParts {
     pub(super) dropout: f64,
     pub(super) use_rslora: bool,
     pub(super) trainable: bool,
+    /// How A and B are held, unless they are trained.
+    pub(super) dtype: LoraDtype,
 }
 
 impl LoraAdapter {
@@ -130,8 +137,26 @@ impl LoraAdapter {
             dropout: config.dropout,
             use_rslora: config.use_rslora,
             trainable: true,
+            dtype: LoraDtype::Auto,
         };
         Self::from_parts(parts, model)
+    }
+
+    /// Gives every trained B numbers in -max..max, reproducible from `seed`: a fresh adapter becomes one that
+    /// does something, as benchmarks and tests want it.
+    ///
+    /// # Errors
+    /// A failed tensor operation.
+    pub fn randomize(&self, max: f32, seed: u64) -> Result<(), AdapterError> {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        for (name, variable) in &self.variables {
+            if name.ends_with("lora_B.weight") {
+                let random = |_| (rng.random::<f32>() * 2.0 - 1.0) * max;
+                let values: Vec<f32> = (0..variable.elem_count()).map(random).collect();
+                variable.set(&Tensor::from_vec(values, variable.shape(), &Device::Cpu)?)?;
+            }
+        }
+        Ok(())
     }
 
     /// Everything that is trained by PEFT name, sorted; empty unless trainable.
@@ -146,11 +171,28 @@ impl LoraAdapter {
         &self.modules
     }
 
-    /// SHA-256 over scales and tensors in name order, hex: two adapters with one digest compute the
-    /// same. That of the moment when the adapter was made or read; training does not move it.
+    /// SHA-256 over scales and tensors in name order, hex: two adapters with one digest and one
+    /// [`dtype`](Self::dtype) compute the same. That of the moment when the adapter was made or read;
+    /// neither training nor rounding moves it.
     #[must_use]
     pub fn digest(&self) -> &str {
         &self.digest
+    }
+
+    /// How A and B are held.
+    #[must_use]
+    pub fn dtype(&self) -> LoraDtype {
+        self.dtype
+    }
+
+    /// What may be remembered of the adapter's effect is remembered under this: the digest, which for a
+    /// rounded adapter is another one.
+    #[must_use]
+    pub fn served_digest(&self) -> Cow<'_, str> {
+        if !self.dtype.rounds() {
+            return Cow::Borrowed(&self.digest);
+        }
+        Cow::Owned(sha256_hex(&[self.digest.as_bytes(), self.dtype.name().as_bytes()]))
     }
 
     /// Bytes of all its tensors as f32.
@@ -213,24 +255,38 @@ impl LoraAdapter {
     }
 
     pub(super) fn from_parts(parts: LoraParts, model: &ModelConfig) -> Result<Self, AdapterError> {
-        let LoraParts { modules: raw, variant, tables, dropout, use_rslora, trainable } = parts;
+        let LoraParts { modules: raw, variant, tables, dropout, use_rslora, trainable, dtype } =
+            parts;
         let mut modules = BTreeMap::new();
         let mut variables = Vec::new();
-        for (site, raw) in raw {
-            let module = if trainable {
-                LoraModule::trained(site, &raw, (variant, use_rslora), &mut variables)?
-            } else {
-                LoraModule::frozen(raw, variant, use_rslora)?
-            };
-            modules.insert(site, module);
-        }
         let (shares, tensors) = tables;
         let variables_of_tables = trainable.then_some(&mut variables);
         let tables = Tables::new(&shares, model, tensors, variables_of_tables)?;
+        let kind = (variant, use_rslora);
+        let digest = digest(&raw, kind, &tables)?;
+        for (site, raw) in raw {
+            let module = if trainable {
+                LoraModule::trained(site, &raw, kind, &mut variables)?
+            } else {
+                raw.check_range(site, dtype)?;
+                LoraModule::frozen(raw, kind, dtype)?
+            };
+            modules.insert(site, module);
+        }
         variables.sort_by(|(left, _), (right, _)| left.cmp(right));
-        let digest = digest(&modules, &tables)?;
         let num_layers = model.num_layers;
-        Ok(Self { modules, tables, variables, digest, variant, dropout, use_rslora, num_layers })
+        let dtype = if trainable { LoraDtype::Float32 } else { dtype };
+        Ok(Self {
+            modules,
+            tables,
+            variables,
+            digest,
+            dtype,
+            variant,
+            dropout,
+            use_rslora,
+            num_layers,
+        })
     }
 }
 
@@ -253,9 +309,9 @@ impl Delta for LoraAdapter {
         Ok((module.variant().apply)(module, &contribution, output)?)
     }
 
-    fn part(&self, site: Site) -> Option<&LoraPart> {
+    fn part(&self, site: Site, weight: &Weight) -> Option<&LoraPart> {
         let module = self.modules.get(&site)?;
-        if module.variant().is_sum { module.part() } else { None }
+        if module.variant().is_sum { module.part() } else { dora::part(module, weight) }
     }
 
     fn trained(

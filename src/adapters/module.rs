@@ -5,12 +5,15 @@ use std::sync::OnceLock;
 use candle_core::{Result, Tensor, Var};
 
 use super::{
+    AdapterError,
     site::{Matrix, tensor_name, vector_name},
     variant::Variant,
 };
 use crate::model::Site;
 use crate::ops::{
+    dora,
     lora::LoraPart,
+    lora_dtype::LoraDtype,
     weight::{Weight, WeightIdentity},
 };
 
@@ -21,7 +24,7 @@ pub struct LoraModule {
     vector: Option<Tensor>,
     variant: &'static Variant,
     /// What follows from a base's weight, of a frozen module.
-    followed: OnceLock<(WeightIdentity, Tensor)>,
+    followed: OnceLock<Followed>,
     /// What the product is multiplied by: `alpha / r`, or `alpha / sqrt(r)` with rsLoRA.
     pub scale: f64,
     /// Alpha as configured.
@@ -35,6 +38,14 @@ enum Matrices {
     Frozen(LoraPart),
 }
 
+/// Norms of a base's weight with A and B, and A and B with the factors that come of them.
+#[derive(Debug)]
+struct Followed {
+    weight: WeightIdentity,
+    norms: Tensor,
+    part: LoraPart,
+}
+
 /// What a module is made of.
 pub(super) struct RawModule {
     /// `[r, in]`
@@ -46,15 +57,50 @@ pub(super) struct RawModule {
     pub(super) alpha: f64,
 }
 
+impl RawModule {
+    /// What the product is multiplied by.
+    pub(super) fn scale(&self, use_rslora: bool) -> Result<f64> {
+        let rank = self.a.dim(0)? as f64;
+        Ok(self.alpha / if use_rslora { rank.sqrt() } else { rank })
+    }
+
+    /// Its tensors by their names in the file.
+    pub(super) fn named(&self, site: Site, variant: &Variant) -> Vec<(String, &Tensor)> {
+        let mut named =
+            vec![(tensor_name(site, Matrix::A), &self.a), (tensor_name(site, Matrix::B), &self.b)];
+        if let (Some(vector), Some(name)) = (&self.vector, variant.vector) {
+            named.push((vector_name(site, name), vector));
+        }
+        named
+    }
+
+    /// Refuses values of A and B that `dtype` has no number for.
+    pub(super) fn check_range(
+        &self,
+        site: Site,
+        dtype: LoraDtype,
+    ) -> std::result::Result<(), AdapterError> {
+        for (matrix, tensor) in [(Matrix::A, &self.a), (Matrix::B, &self.b)] {
+            let values = if dtype.rounds() { tensor.flatten_all()?.to_vec1()? } else { Vec::new() };
+            if let Some(value) = values.into_iter().find(|value| dtype.round(*value).is_infinite())
+            {
+                let tensor = tensor_name(site, matrix);
+                return Err(AdapterError::OutOfRange { tensor, value, dtype: dtype.name() });
+            }
+        }
+        Ok(())
+    }
+}
+
 impl LoraModule {
-    /// A module for serving.
+    /// A module for serving, whose A and B are held as `dtype` has it.
     pub(super) fn frozen(
         raw: RawModule,
-        variant: &'static Variant,
-        use_rslora: bool,
+        (variant, use_rslora): (&'static Variant, bool),
+        dtype: LoraDtype,
     ) -> Result<Self> {
-        let scale = scale(&raw, use_rslora)?;
-        let matrices = Matrices::Frozen(LoraPart::new(&raw.a, &raw.b, scale)?);
+        let scale = raw.scale(use_rslora)?;
+        let matrices = Matrices::Frozen(LoraPart::new(&raw.a, &raw.b, scale, dtype)?);
         let RawModule { vector, alpha, .. } = raw;
         Ok(Self { matrices, vector, variant, followed: OnceLock::new(), scale, alpha })
     }
@@ -83,7 +129,7 @@ impl LoraModule {
             vector,
             variant,
             followed: OnceLock::new(),
-            scale: scale(raw, use_rslora)?,
+            scale: raw.scale(use_rslora)?,
             alpha: raw.alpha,
         })
     }
@@ -146,27 +192,36 @@ impl LoraModule {
         }
     }
 
-    /// What `compute` says of the base's `weight`. A frozen module remembers it for the first that it meets.
+    /// The norms that `compute` says of the base's `weight`. A frozen module remembers them for the first that
+    /// it meets.
     pub(super) fn once(
         &self,
         weight: &Weight,
         compute: impl FnOnce() -> Result<Tensor>,
     ) -> Result<Tensor> {
-        if let Some((first, known)) = self.followed.get()
-            && weight.is(first)
+        if let Some(followed) = self.followed.get()
+            && weight.is(&followed.weight)
         {
-            return Ok(known.clone());
+            return Ok(followed.norms.clone());
         }
-        let computed = compute()?;
-        if self.part().is_some() {
+        let norms = compute()?;
+        if let (Some(part), Some(vector)) = (self.part(), &self.vector) {
+            let part = part.with_factors(dora::factors(vector, &norms)?)?;
             // Of another base it stays as it is.
-            let _ = self.followed.set((weight.identity(), computed.clone()));
+            let weight = weight.identity();
+            let _ = self.followed.set(Followed { weight, norms: norms.clone(), part });
         }
-        Ok(computed)
+        Ok(norms)
     }
-}
 
-fn scale(raw: &RawModule, use_rslora: bool) -> Result<f64> {
-    let rank = raw.a.dim(0)? as f64;
-    Ok(raw.alpha / if use_rslora { rank.sqrt() } else { rank })
+    /// Whether a frozen module has met a base.
+    pub(super) fn has_followed(&self) -> bool {
+        self.followed.get().is_some()
+    }
+
+    /// A and B with the factors that come of the base's `weight`; `None` of another one than the first.
+    pub(super) fn followed_part(&self, weight: &Weight) -> Option<&LoraPart> {
+        let followed = self.followed.get().filter(|followed| weight.is(&followed.weight))?;
+        Some(&followed.part)
+    }
 }

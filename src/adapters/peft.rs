@@ -22,6 +22,7 @@ use super::{
     variant::{VARIANTS, Variant},
 };
 use crate::model::{ModelConfig, Projection, Site};
+use crate::ops::lora_dtype::LoraDtype;
 use crate::publish::disk;
 
 const CONFIG_FILE: &str = "adapter_config.json";
@@ -40,18 +41,27 @@ impl LoraAdapter {
     /// # Errors
     /// Every reason to refuse but `WrongBase`, which [`check_base`](super::check_base) finds.
     pub fn read(dir: &Path, model: &ModelConfig, trainable: bool) -> Result<Self, AdapterError> {
-        Self::read_within(dir, model, trainable, &LoadLimits::default())
+        Self::read_parts(dir, model, trainable, (&LoadLimits::default(), LoraDtype::Auto))
     }
 
-    /// [`read`](Self::read) with other limits.
+    /// A frozen adapter within other limits, whose A and B are held as `dtype` has it.
     ///
     /// # Errors
-    /// As [`read`](Self::read).
-    pub fn read_within(
+    /// As [`read`](Self::read); `OutOfRange` for values that are too large for `dtype`.
+    pub fn read_as(
+        dir: &Path,
+        model: &ModelConfig,
+        dtype: LoraDtype,
+        limits: &LoadLimits,
+    ) -> Result<Self, AdapterError> {
+        Self::read_parts(dir, model, false, (limits, dtype))
+    }
+
+    fn read_parts(
         dir: &Path,
         model: &ModelConfig,
         trainable: bool,
-        limits: &LoadLimits,
+        (limits, dtype): (&LoadLimits, LoraDtype),
     ) -> Result<Self, AdapterError> {
         refuse_pickle(dir)?;
         let config_path = dir.join(CONFIG_FILE);
@@ -88,6 +98,7 @@ impl LoraAdapter {
             dropout: config.dropout,
             use_rslora: config.use_rslora,
             trainable,
+            dtype,
         };
         Self::from_parts(parts, model)
     }

@@ -10,6 +10,7 @@ use std::{
 
 use super::{AdapterError, LoadLimits, LoraAdapter, check_base};
 use crate::model::{Decoder, ModelConfig};
+use crate::ops::lora_dtype::LoraDtype;
 use crate::text::{TextError, Tokenizer};
 
 /// Longest name, in bytes.
@@ -49,6 +50,7 @@ pub struct AdapterRegistry {
     model: ModelConfig,
     base: Base,
     limits: LoadLimits,
+    dtype: LoraDtype,
     current: RwLock<BTreeMap<String, Arc<AdapterVersion>>>,
     slots: Mutex<HashMap<String, Arc<Slot>>>,
 }
@@ -76,6 +78,7 @@ impl AdapterRegistry {
             model,
             base: Base::Any,
             limits: LoadLimits::default(),
+            dtype: LoraDtype::Auto,
             current: RwLock::default(),
             slots: Mutex::default(),
         }
@@ -93,6 +96,13 @@ impl AdapterRegistry {
     #[must_use]
     pub fn with_base(mut self, decoder: &Arc<Decoder>) -> Self {
         self.base = Base::Decoder(Arc::clone(decoder));
+        self
+    }
+
+    /// Holds A and B of what is loaded as `dtype` has it. Tables and DoRA's magnitudes stay as they are.
+    #[must_use]
+    pub fn with_dtype(mut self, dtype: LoraDtype) -> Self {
+        self.dtype = dtype;
         self
     }
 
@@ -138,7 +148,7 @@ impl AdapterRegistry {
             Base::Fingerprint(fingerprint) => check_base(dir, || fingerprint)?,
             Base::Decoder(decoder) => check_base(dir, || decoder.fingerprint())?,
         }
-        let adapter = LoraAdapter::read_within(dir, &self.model, false, &self.limits)?;
+        let adapter = LoraAdapter::read_as(dir, &self.model, self.dtype, &self.limits)?;
         if let Base::Decoder(decoder) = &self.base {
             adapter.prepare(decoder)?;
         }

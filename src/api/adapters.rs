@@ -217,6 +217,7 @@ fn success(message: String, wants_json: bool, version: &AdapterVersion) -> Respo
         "name": version.name,
         "version": version.version,
         "sha256": version.adapter.digest(),
+        "lora_dtype": version.adapter.dtype(),
         "path": version.path.display().to_string(),
     }))
     .into_response()

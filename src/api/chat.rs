@@ -138,7 +138,7 @@ fn envelope(state: &AppState, prepared: &PreparedChat) -> Envelope {
     let short = |digest: &str| digest.chars().take(12).collect::<String>();
     let base = short(&state.config.base_fingerprint);
     let system_fingerprint = match &prepared.adapter {
-        Some(version) => format!("fp_{base}_{}", short(version.adapter.digest())),
+        Some(version) => format!("fp_{base}_{}", short(&version.adapter.served_digest())),
         None => format!("fp_{base}"),
     };
     Envelope {

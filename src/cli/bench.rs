@@ -11,6 +11,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use self::{
+    adapters::Made,
     load::{Load, median, quantile},
     operations::{report, table},
 };
@@ -18,7 +19,7 @@ use super::common::resolve_model;
 use crate::engine::{self, EngineConfig};
 use crate::kernels::{self, Roofline};
 use crate::model::{Decoder, KvDtype, Quantization};
-use crate::ops::profile;
+use crate::ops::{lora_dtype::LoraDtype, profile};
 
 /// Memory for keys and values, in bytes.
 const KV_CACHE_BYTES: usize = 2 << 30;
@@ -40,12 +41,16 @@ pub(super) struct BenchArgs {
     /// Adapter folder (repeatable): the requests take turns with them
     #[arg(long, value_name = "DIR")]
     adapter: Vec<PathBuf>,
-    /// Make so many fresh adapters on all projections, in addition: answers are measured without and with them
+    /// Make so many adapters of random numbers on all projections, in addition: answers are measured without
+    /// and with them
     #[arg(long, value_name = "N", default_value_t = 0)]
     adapters: usize,
-    /// Rank of the fresh adapters
+    /// Rank of the adapters that are made
     #[arg(long, value_name = "R", default_value_t = 16)]
     rank: usize,
+    /// Their variant: lora or dora
+    #[arg(long, value_name = "NAME", default_value = "lora")]
+    variant: String,
     /// Compute in bf16 (`bf16`), hold the base in 8 bits (`int8`), its projections in 4 (`int4`), or all as it is
     /// (`none`)
     #[arg(long, value_name = "none|bf16|int8|int4", default_value = "none")]
@@ -53,6 +58,9 @@ pub(super) struct BenchArgs {
     /// Hold keys and values in `f32`, `bf16` or `int8`
     #[arg(long, value_name = "f32|bf16|int8", default_value = "f32")]
     kv_dtype: KvDtype,
+    /// How adapters are held: as they are (`auto`, `float32`), or rounded while they are loaded
+    #[arg(long, value_name = "auto|float16|bfloat16|float32", default_value = "auto")]
+    lora_dtype: LoraDtype,
     /// Prompt lengths to measure
     #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [128, 512])]
     prompt_tokens: Vec<usize>,
@@ -106,6 +114,7 @@ pub(super) fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
         "model": args.model,
         "quantize": args.quantize,
         "kv_dtype": args.kv_dtype,
+        "lora_dtype": args.lora_dtype,
         "adapters": args.adapter.len() + args.adapters,
         "machine": {
             "kernels": kernels::best().name,
@@ -133,7 +142,8 @@ fn open(args: &BenchArgs) -> anyhow::Result<Load> {
     let decoder = Decoder::load(&dir, args.quantize.into())
         .with_context(|| format!("loading {}", dir.display()))?;
     let decoder = Arc::new(decoder);
-    let adapters = adapters::open(&decoder, &args.adapter, args.adapters, args.rank)?;
+    let made = Made { count: args.adapters, rank: args.rank, variant: &args.variant };
+    let adapters = adapters::open(&decoder, &args.adapter, made, args.lora_dtype)?;
     let most = args.batch.iter().copied().max().unwrap_or(1).max(READERS + 1);
     let mut config = EngineConfig::for_cache(decoder.config(), most, KV_CACHE_BYTES, args.kv_dtype);
     // Random tokens have nothing in common and nothing to guess.

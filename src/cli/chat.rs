@@ -18,6 +18,7 @@ use crate::engine::{
     GenerationStream, RequestOptions, SamplingParams,
 };
 use crate::model::{KvDtype, Quantization};
+use crate::ops::lora_dtype::LoraDtype;
 use crate::text::{ChatTemplate, Detokenizer, Tokenizer};
 
 /// Memory for keys and values of the one conversation, in bytes.
@@ -52,6 +53,9 @@ pub(super) struct ChatArgs {
     /// How keys and values are held: bf16 and int8 take less memory and are a little less exact
     #[arg(long, value_name = "f32|bf16|int8", default_value = "f32")]
     kv_dtype: KvDtype,
+    /// How adapters are held: as they are (`auto`, `float32`), or rounded while they are loaded
+    #[arg(long, value_name = "auto|float16|bfloat16|float32", default_value = "auto")]
+    lora_dtype: LoraDtype,
     /// Threads of the tensor operations [default: all cores]
     #[arg(long)]
     threads: Option<usize>,
@@ -120,7 +124,9 @@ impl Conversation {
         let model = load_model(&args.model, args.quantize.into())?;
         let stop_token_ids = model.stop_token_ids();
         let decoder = Arc::new(model.decoder);
-        let registry = AdapterRegistry::new(decoder.config().clone()).with_base(&decoder);
+        let registry = AdapterRegistry::new(decoder.config().clone())
+            .with_base(&decoder)
+            .with_dtype(args.lora_dtype);
         let load = |dir: &PathBuf| {
             let (version, _) = registry
                 .load("tuned", dir, false)

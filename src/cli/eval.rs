@@ -23,6 +23,7 @@ use crate::eval::{
     Arm, EvalReport, Requirement, Runner, arms, html, parse_arms, report::Metadata, table,
 };
 use crate::model::{KvDtype, Quantization};
+use crate::ops::lora_dtype::LoraDtype;
 use crate::publish::{publish_file, sha256_file};
 
 /// Memory for keys and values while evaluating, in bytes.
@@ -83,6 +84,9 @@ pub(super) struct EvalArgs {
     /// How keys and values are held: bf16 and int8 take less memory and are a little less exact
     #[arg(long, value_name = "f32|bf16|int8", default_value = "f32")]
     pub(super) kv_dtype: KvDtype,
+    /// How adapters are held: as they are (`auto`, `float32`), or rounded while they are loaded
+    #[arg(long, value_name = "auto|float16|bfloat16|float32", default_value = "auto")]
+    pub(super) lora_dtype: LoraDtype,
     /// Threads of the tensor operations [default: all cores]
     #[arg(long)]
     pub(super) threads: Option<usize>,
@@ -130,7 +134,7 @@ pub(super) fn evaluate(args: &EvalArgs) -> anyhow::Result<EvalReport> {
     let examples = example_rows(args, &arms, left_out)?;
 
     let model = load_model(&args.model, args.quantize.into())?;
-    let versions = load_adapters(&model, &adapters)?;
+    let versions = load_adapters(&model, &adapters, args.lora_dtype)?;
     let metadata = Metadata {
         model: args.model.clone(),
         model_fingerprint: model.decoder.fingerprint().to_owned(),
@@ -243,9 +247,11 @@ fn example_rows(args: &EvalArgs, arms: &[Arm], left_out: Vec<Row>) -> anyhow::Re
 fn load_adapters(
     model: &LoadedModel,
     adapters: &[(String, PathBuf)],
+    dtype: LoraDtype,
 ) -> anyhow::Result<Vec<Arc<AdapterVersion>>> {
     let registry = AdapterRegistry::new(model.decoder.config().clone())
-        .with_base_fingerprint(model.decoder.fingerprint());
+        .with_base_fingerprint(model.decoder.fingerprint())
+        .with_dtype(dtype);
     let load = |(name, dir): &(String, PathBuf)| {
         let place = || format!("--adapter {name}={}", dir.display());
         registry.load(name, dir, false).map(|(version, _)| version).with_context(place)

@@ -114,7 +114,9 @@ fn build_state(
     let model_name = served_name(args, model, &loaded.dir)?;
     let eos_token_ids = loaded.stop_token_ids();
     let decoder = Arc::new(loaded.decoder);
-    let registry = AdapterRegistry::new(decoder.config().clone()).with_base(&decoder);
+    let registry = AdapterRegistry::new(decoder.config().clone())
+        .with_base(&decoder)
+        .with_dtype(args.lora_dtype.unwrap_or_default());
     let given = adapters_given(&args.adapter)?;
     for (name, dir) in &given {
         ensure!(*name != model_name, "--adapter {name}: that is the base model's name");

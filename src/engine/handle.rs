@@ -160,8 +160,12 @@ impl EngineHandle {
 
     /// What this request's cached blocks depend on besides its tokens.
     fn prefix_root(&self, request: &GenerationRequest) -> Option<BlockKey> {
-        let digest = request.adapter.as_ref().map(|version| version.adapter.digest());
-        let root = BlockKey::root(&self.0.base_fingerprint, digest, &request.options.cache_salt);
+        let digest = request.adapter.as_ref().map(|version| version.adapter.served_digest());
+        let root = BlockKey::root(
+            &self.0.base_fingerprint,
+            digest.as_deref(),
+            &request.options.cache_salt,
+        );
         self.0.config.prefix_cache.then_some(root)
     }
 

@@ -9,6 +9,7 @@ use super::{
 };
 use crate::adapters::AdapterVersion;
 use crate::model::KvDtype;
+use crate::ops::lora_dtype::LoraDtype;
 
 /// How long to wait where the engine has no place for another request.
 const PATIENCE: Duration = Duration::from_millis(20);
@@ -34,20 +35,27 @@ pub struct Parity {
 }
 
 impl Parity {
-    /// Largest difference that rounding can explain, that of keys and values in an engine's cache included.
+    /// Largest difference that rounding can explain, that of keys and values in an engine's cache and of an
+    /// adapter included.
     #[must_use]
-    pub fn tolerance(kv_dtype: KvDtype) -> f64 {
-        match kv_dtype {
+    pub fn tolerance(kv_dtype: KvDtype, lora_dtype: LoraDtype) -> f64 {
+        let cache = match kv_dtype {
             KvDtype::F32 => 1e-3,
             KvDtype::Bf16 => 0.2,
             KvDtype::Int8 => 0.5,
-        }
+        };
+        let adapter = match lora_dtype {
+            LoraDtype::Auto | LoraDtype::Float32 => 0.0,
+            LoraDtype::Float16 => 0.05,
+            LoraDtype::Bfloat16 => 0.2,
+        };
+        cache + adapter
     }
 
     /// Whether rounding can explain what was found.
     #[must_use]
-    pub fn is_close(&self, kv_dtype: KvDtype) -> bool {
-        self.max_difference <= Self::tolerance(kv_dtype)
+    pub fn is_close(&self, kv_dtype: KvDtype, lora_dtype: LoraDtype) -> bool {
+        self.max_difference <= Self::tolerance(kv_dtype, lora_dtype)
     }
 }
 

@@ -51,7 +51,7 @@ pub(super) fn publish(service: &Service, id: &str, dir: &Path) -> Result<(), Pub
     let kv_dtype = service.parts.engine.config().kv_dtype;
     match parity::compare(service, &version, dir) {
         _ if service.is_stopping() => return Err(PublishError::Stopping),
-        Ok(Some(parity)) if !parity.is_close(kv_dtype) => {
+        Ok(Some(parity)) if !parity.is_close(kv_dtype, version.adapter.dtype()) => {
             return Err(PublishError::Parity(parity.max_difference));
         }
         Ok(Some(parity)) => events.push((

@@ -28,8 +28,9 @@ pub(super) struct ShrinkSum {
     pub(super) a: *const u8,
     pub(super) form: WeightForm,
     pub(super) terms: usize,
-    /// Sixteen elements.
+    /// Sixteen elements, and which.
     pub(super) to: *mut f32,
+    pub(super) place: usize,
     /// What will probably be read after this; only asked for.
     pub(super) next: *const u8,
 }
@@ -123,6 +124,9 @@ pub(super) struct ExpandTile {
     pub(super) panel_bytes: usize,
     pub(super) rank: usize,
     pub(super) scale: f32,
+    /// DoRA's factors of the columns, and the output's bias; null: none.
+    pub(super) factors: *const f32,
+    pub(super) bias: *const f32,
     /// The first row's first column.
     pub(super) out: *mut f32,
     /// From row to row.
@@ -132,7 +136,7 @@ pub(super) struct ExpandTile {
     pub(super) next: *const u8,
 }
 
-// SAFETY: `hidden` and `b` are only read, and no two tiles have an element of an output in common.
+// SAFETY: all but `out` are only read, and no two tiles have an element of an output in common.
 unsafe impl Send for ExpandTile {}
 // SAFETY: as above.
 unsafe impl Sync for ExpandTile {}
@@ -158,7 +162,7 @@ pub(super) unsafe fn expand_tile<S: Simd>(tile: &ExpandTile) {
 /// As [`expand_tile`]; B has elements of type `W`.
 #[inline(always)]
 unsafe fn expand_panels<S: Simd, W: Weight>(tile: &ExpandTile) {
-    let &ExpandTile { panel_bytes, rank, scale, out_features: stride, .. } = tile;
+    let &ExpandTile { panel_bytes, rank, out_features: stride, .. } = tile;
     let num_panels = tile.columns.div_ceil(LANES);
     let mut panel = 0;
     while panel < num_panels {
@@ -179,7 +183,8 @@ unsafe fn expand_panels<S: Simd, W: Weight>(tile: &ExpandTile) {
                     let at: [_; TILE_ROWS] = std::array::from_fn(|j| (panel, hidden(row + j)));
                     let sums = chains::<S, W, TILE_ROWS>(&at, rank);
                     for j in 0..TILE_ROWS {
-                        add::<S>(to.add((row + j) * stride + i * LANES), sums[j], scale, width);
+                        let to = to.add((row + j) * stride + i * LANES);
+                        add::<S>(tile, to, sums[j], (column + i * LANES, width));
                     }
                 }
                 row += TILE_ROWS;
@@ -192,11 +197,11 @@ unsafe fn expand_panels<S: Simd, W: Weight>(tile: &ExpandTile) {
                     });
                     let sums = chains::<S, W, CHAINS>(&at, rank);
                     for i in 0..CHAINS {
-                        add::<S>(to.add(i * LANES), sums[i], scale, LANES);
+                        add::<S>(tile, to.add(i * LANES), sums[i], (column + i * LANES, LANES));
                     }
                 } else {
                     let [sum] = chains::<S, W, 1>(&[(from.cast::<W>(), hidden(row))], rank);
-                    add::<S>(to, sum, scale, width);
+                    add::<S>(tile, to, sum, (column, width));
                 }
                 row += 1;
             }
@@ -252,19 +257,37 @@ unsafe fn chains<S: Simd, W: Weight, const N: usize>(
     }
 }
 
-/// `to[..count] += scale * sum`.
+/// `to[..count] += scale * sum`, or what DoRA makes of it; the tile's columns from `column` on.
 ///
 /// # Safety
-/// `to` is valid for `count` elements; the CPU has the features of `S`.
+/// `to`, and what the tile has of factors and bias from there on, are valid for `count` elements; the CPU has
+/// the features of `S`.
 #[inline(always)]
-unsafe fn add<S: Simd>(to: *mut f32, sum: S::V, scale: f32, count: usize) {
+unsafe fn add<S: Simd>(
+    tile: &ExpandTile,
+    to: *mut f32,
+    sum: S::V,
+    (column, count): (usize, usize),
+) {
     // SAFETY: by contract.
     unsafe {
-        let value = S::mul(sum, S::splat(scale));
+        let get = |from: *const f32| {
+            if count == LANES { S::load(from) } else { load_partial::<S>(from, count) }
+        };
+        let out = get(to);
+        let mut value = S::mul(sum, S::splat(tile.scale));
+        if !tile.factors.is_null() {
+            let factor = get(tile.factors.add(column));
+            let base =
+                if tile.bias.is_null() { out } else { S::sub(out, get(tile.bias.add(column))) };
+            let longer = S::mul(S::sub(factor, S::splat(1.0)), base);
+            value = S::add(longer, S::mul(factor, value));
+        }
+        let value = S::add(out, value);
         if count == LANES {
-            S::store(to, S::add(S::load(to), value));
+            S::store(to, value);
         } else {
-            store_partial::<S>(to, S::add(load_partial::<S>(to, count), value), count);
+            store_partial::<S>(to, value, count);
         }
     }
 }

@@ -22,6 +22,8 @@ mod bf16_rows;
 mod gemm;
 mod heap;
 mod lora;
+mod lora_additions;
+mod lora_shrink;
 mod lora_sums;
 mod pages;
 mod panels;
@@ -45,7 +47,8 @@ pub use attention::{
 };
 pub use gemm::MatmulJob;
 pub use heap::{buffer, keep_freed_memory, release_freed_memory};
-pub use lora::{LoraOutput, LoraSegment, add_lora, add_loras};
+pub use lora::{LoraOutput, LoraSegment, LoraTarget, add_lora, add_loras};
+pub use lora_additions::Additions;
 pub use panels::{PackedWeight, WeightForm};
 pub use roofline::Roofline;
 pub use rows::RmsNormGradient;

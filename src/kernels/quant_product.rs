@@ -13,7 +13,7 @@ use std::{hint::black_box, ops::Range};
 use super::{
     Kernels,
     panels::{PackedWeight, WeightForm},
-    product::prefetch,
+    product::{Then, prefetch},
     quant_rows::{QuantPlaces, with_quant_rows},
     row_tiles::tile_height,
     simd::{LANES, Simd, load_partial, store_partial},
@@ -34,6 +34,7 @@ pub(super) fn linear(
     x: &[f32],
     bias: Option<&[f32]>,
     out: &mut [f32],
+    then: &Then<'_>,
 ) {
     let [columns, terms] = weight.shape();
     let rows = x.len() / terms;
@@ -52,11 +53,12 @@ pub(super) fn linear(
                 bias: bias.map_or(std::ptr::null(), <[f32]>::as_ptr),
                 out: shared.get(),
                 columns,
-                rows,
-                panels,
+                rows: rows.clone(),
+                panels: panels.clone(),
             };
             // SAFETY: `linear` checked the lengths, tasks write disjoint rectangles.
             unsafe { body(&tile) };
+            then(rows, panels, shared.get());
         });
     });
 }

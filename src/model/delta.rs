@@ -131,9 +131,10 @@ pub trait Delta: Send + Sync {
         dropout: Option<Dropout>,
     ) -> Result<Tensor, ModelError>;
 
-    /// What the adapter adds at `site`, so that the rows of many adapters are done at once; `None` where
-    /// it has no part there, or one that is more than a sum and takes [`Self::apply`]. Asked only if [`Self::is_frozen`].
-    fn part(&self, site: Site) -> Option<&LoraPart>;
+    /// What the adapter adds at `site` over the base's `weight`, so that the rows of many adapters are done
+    /// at once; `None` where it has no part there, or one that takes [`Self::apply`]. Asked only if
+    /// [`Self::is_frozen`].
+    fn part(&self, site: Site, weight: &Weight) -> Option<&LoraPart>;
 
     /// The matrices that are trained at `site`, where they are plain LoRA, so that projection and adapter
     /// become one operation. `None`: [`Self::apply`] does it.

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use super::{
-    DeltaRows, Dropout, ModelConfig, ModelError, Projected, Projection, Site,
+    Delta, DeltaRows, Dropout, ModelConfig, ModelError, Projected, Projection, Site,
     inside::Inside,
     kv_cache::attention_shape,
     norm::{Norms, maybe, maybe_heads},
@@ -17,7 +17,7 @@ use crate::ops::{
     gated_mlp::Activation,
     in_place::{add, gated_mul, rope},
     linear::linear,
-    lora::add_in_place,
+    lora::{LoraPart, add_in_place},
     profile::{self, Op},
     rope::Angles,
     served::{self, ServedProjection},
@@ -165,25 +165,22 @@ impl Layer {
         }
         let mut served = Vec::with_capacity(projections.len());
         for projection in projections {
-            let Linear { weight: Weight::Packed(weight), bias } =
-                &self.projections[*projection as usize]
-            else {
-                return Ok(None);
-            };
+            let Linear { weight: held, bias } = &self.projections[*projection as usize];
+            let Weight::Packed(weight) = held else { return Ok(None) };
             let site = Site { layer: self.index, projection: *projection };
             let with_part =
-                context.deltas.iter().map(|rows| (rows.rows.clone(), rows.delta.part(site)));
+                context.deltas.iter().map(|rows| (rows.rows.clone(), rows.delta.part(site, held)));
             let parts = with_part.filter_map(|(rows, part)| Some((rows, part?))).collect();
             served.push(ServedProjection { weight, bias: bias.as_ref(), parts });
         }
         let mut outputs = served::projections(x, &served, op_of(projections[0]))?;
-        // What is more than a sum: one after the other.
+        // What is not done at once: one after the other.
         for (projection, out) in projections.iter().zip(&mut outputs) {
             let site = Site { layer: self.index, projection: *projection };
             let Linear { weight, bias } = &self.projections[*projection as usize];
             let at = Projected { site, weight, bias: bias.as_ref(), input: x };
             for DeltaRows { rows, delta } in context.deltas {
-                if delta.part(site).is_none() {
+                if delta.part(site, weight).is_none() {
                     *out = delta.apply(&at, out.clone(), rows.clone(), context.dropout)?;
                 }
             }
@@ -213,7 +210,7 @@ impl Layer {
         // 1. Nothing is tracked: the sums of all adapters' rows at once, in place.
         if frozen {
             let part = |DeltaRows { rows, delta }: &DeltaRows| {
-                Some((rows.clone(), delta.part(site)?.clone()))
+                Some((rows.clone(), sum_at(delta.as_ref(), site, weight)?.clone()))
             };
             let segments: Vec<_> = context.deltas.iter().filter_map(part).collect();
             if !segments.is_empty() {
@@ -223,12 +220,17 @@ impl Layer {
         // 2. Training, with a graph, and what is more than a sum: one after the other.
         let at = Projected { site, weight, bias: bias.as_ref(), input: x };
         for DeltaRows { rows, delta } in context.deltas {
-            if !frozen || delta.part(site).is_none() {
+            if !frozen || sum_at(delta.as_ref(), site, weight).is_none() {
                 out = delta.apply(&at, out, rows.clone(), context.dropout)?;
             }
         }
         Ok(out)
     }
+}
+
+/// What a frozen adapter adds, where that does not depend on the base's product.
+fn sum_at<'a>(delta: &'a dyn Delta, site: Site, weight: &Weight) -> Option<&'a LoraPart> {
+    delta.part(site, weight).filter(|part| part.is_sum())
 }
 
 /// The part of a step that a projection belongs to.

@@ -70,6 +70,19 @@ pub fn dora(base: &Tensor, delta: &Tensor, magnitude: &Tensor, norms: &Tensor) -
     base.contiguous()?.apply_op3(&delta.contiguous()?, &magnitude.contiguous()?, Dora { norms })
 }
 
+/// `magnitude / norms`, by which DoRA makes the base's columns and LoRA's longer.
+///
+/// # Errors
+/// Where the lengths differ.
+pub fn factors(magnitude: &Tensor, norms: &Tensor) -> Result<Vec<f32>> {
+    let norms = norms.to_vec1::<f32>()?;
+    if magnitude.dims() != [norms.len()] {
+        return Err(mismatch(NAME, "magnitude and norms do not fit each other"));
+    }
+    let dora = Dora { norms: norms.into() };
+    with_f32(&magnitude.detach(), NAME, |magnitude| Ok(dora.factors(magnitude)))
+}
+
 /// `output[start..] += update`, in place: the serving body of an addition to some rows.
 ///
 /// # Errors

@@ -6,6 +6,7 @@ use std::{ops::Range, sync::Arc};
 use candle_core::{CpuStorage, CustomOp3, DType, InplaceOp2, Layout, Result, Shape, Tensor};
 
 use super::{
+    lora_dtype::LoraDtype,
     profile::{Op, time},
     storage::{f32_slice, mismatch, tensor, with_f32},
     weight::Weight,
@@ -28,6 +29,7 @@ pub struct LoraPart {
     a: Arc<PackedWeight>,
     b: Arc<PackedWeight>,
     scale: f32,
+    factors: Option<Arc<[f32]>>,
 }
 
 impl std::fmt::Debug for LoraPart {
@@ -37,22 +39,37 @@ impl std::fmt::Debug for LoraPart {
 }
 
 impl LoraPart {
-    /// Packs `a [rank, in]` and `b [out, rank]`, f32; in half the bytes where every value is one of bf16 or
-    /// f16, as those of a file of 16 bits are.
+    /// Packs `a [rank, in]` and `b [out, rank]`, f32, as `dtype` has it.
     ///
     /// # Errors
     /// Other shapes or dtypes.
-    pub fn new(a: &Tensor, b: &Tensor, scale: f64) -> Result<Self> {
+    pub fn new(a: &Tensor, b: &Tensor, scale: f64, dtype: LoraDtype) -> Result<Self> {
         if a.dims2()?.0 != b.dims2()?.1 {
             return Err(mismatch(NAME, "A and B do not fit each other"));
         }
         let pack = |tensor: &Tensor| {
             let columns = tensor.dims2()?.1;
-            with_f32(tensor, NAME, |values| {
-                Ok(Arc::new(PackedWeight::from_f32_exact(values, columns)))
-            })
+            with_f32(tensor, NAME, |values| Ok(Arc::new(dtype.pack(values, columns))))
         };
-        Ok(Self { a: pack(a)?, b: pack(b)?, scale: narrow(scale) })
+        Ok(Self { a: pack(a)?, b: pack(b)?, scale: narrow(scale), factors: None })
+    }
+
+    /// The same A and B as DoRA has them over a base: `factors [out]` are those of
+    /// [`dora::factors`](super::dora::factors).
+    ///
+    /// # Errors
+    /// Where the factors do not fit B.
+    pub fn with_factors(&self, factors: Vec<f32>) -> Result<Self> {
+        if factors.len() != self.shape()[0] {
+            return Err(mismatch(NAME, "the factors do not fit B"));
+        }
+        Ok(Self { factors: Some(factors.into()), ..self.clone() })
+    }
+
+    /// Whether it is the sum `scale * B (A x)` and nothing more.
+    #[must_use]
+    pub fn is_sum(&self) -> bool {
+        self.factors.is_none()
     }
 
     /// `A [rank, in]` and `B [out, rank]` with the values that were packed, f32.
@@ -96,7 +113,13 @@ impl LoraPart {
     }
 
     pub(super) fn segment(&self, rows: Range<usize>) -> LoraSegment<'_> {
-        LoraSegment { rows, a: &self.a, b: &self.b, scale: self.scale }
+        LoraSegment {
+            rows,
+            a: &self.a,
+            b: &self.b,
+            scale: self.scale,
+            factors: self.factors.as_deref(),
+        }
     }
 }
 
@@ -261,7 +284,7 @@ impl InplaceOp2 for AddRows {
             if range.end > rows.min(x_rows) {
                 return Err(mismatch(NAME, &format!("rows {range:?} lie outside the batch")));
             }
-            if part.shape() != [out_features, in_features] {
+            if part.shape() != [out_features, in_features] || !part.is_sum() {
                 return Err(mismatch(NAME, "x, A and B do not fit each other"));
             }
             segments.push(part.segment(range.clone()));

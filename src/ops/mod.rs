@@ -19,6 +19,7 @@ pub mod gated_mlp;
 pub mod in_place;
 pub mod linear;
 pub mod lora;
+pub mod lora_dtype;
 pub mod mean_row;
 pub mod noise;
 pub mod own_rows;

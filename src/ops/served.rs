@@ -8,10 +8,10 @@ use candle_core::{Result, Tensor};
 
 use super::{
     lora::LoraPart,
-    profile::{Op, time},
+    profile::{self, Op, time},
     storage::{mismatch, tensor, with_f32},
 };
-use crate::kernels::{LoraOutput, PackedWeight, add_loras, best, buffer};
+use crate::kernels::{Additions, LoraTarget, PackedWeight, best, buffer};
 
 const NAME: &str = "projections";
 
@@ -47,20 +47,16 @@ pub fn projections(x: &Tensor, served: &[ServedProjection<'_>], op: Op) -> Resul
     }
     let mut outputs: Vec<_> =
         served.iter().map(|served| buffer(rows * served.weight.shape()[0])).collect();
+    let biases = served.iter().map(|served| served.bias.map(Tensor::to_vec1::<f32>).transpose());
+    let biases = biases.collect::<Result<Vec<_>>>()?;
     with_f32(x, NAME, |x| {
-        for (ServedProjection { weight, bias, .. }, out) in served.iter().zip(&mut outputs) {
-            let elements = weight.shape().iter().product::<usize>();
-            let _time = time(op).work(|| (weight.num_bytes(), 2 * rows * elements));
-            match bias {
-                None => weight.linear(best(), x, None, out),
-                Some(bias) => with_f32(bias, NAME, |bias| {
-                    weight.linear(best(), x, Some(bias), out);
-                    Ok(())
-                })?,
+        if served.iter().all(|served| served.parts.is_empty()) {
+            for ((served, bias), out) in served.iter().zip(&biases).zip(&mut outputs) {
+                let _time = time(op).work(|| work(served.weight, rows));
+                served.weight.linear(best(), x, bias.as_deref(), out);
             }
-        }
-        if served.iter().any(|served| !served.parts.is_empty()) {
-            add(x, served, &mut outputs);
+        } else {
+            with_adapters(x, in_features, served, &biases, &mut outputs, op);
         }
         Ok(())
     })?;
@@ -68,16 +64,38 @@ pub fn projections(x: &Tensor, served: &[ServedProjection<'_>], op: Op) -> Resul
     shaped.map(|(out, served)| tensor(out, (rows, served.weight.shape()[0]))).collect()
 }
 
-fn add(x: &[f32], served: &[ServedProjection<'_>], outputs: &mut [Vec<f32>]) {
-    let _time = time(Op::Lora).work(|| {
+/// Bytes and operations of a product.
+fn work(weight: &PackedWeight, rows: usize) -> (usize, usize) {
+    (weight.num_bytes(), 2 * rows * weight.shape().iter().product::<usize>())
+}
+
+/// Products and additions in one. What time the additions take within a product counts as theirs.
+fn with_adapters(
+    x: &[f32],
+    in_features: usize,
+    served: &[ServedProjection<'_>],
+    biases: &[Option<Vec<f32>>],
+    outputs: &mut [Vec<f32>],
+    op: Op,
+) {
+    let timer = time(Op::Lora).work(|| {
         let parts = served.iter().flat_map(|served| &served.parts);
         parts.map(|(rows, part)| part.work(rows.len())).fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1))
     });
-    let targets = served.iter().zip(outputs).map(|(served, out)| LoraOutput {
-        out,
+    let targets = served.iter().zip(biases).map(|(served, bias)| LoraTarget {
         out_features: served.weight.shape()[0],
+        bias: bias.as_deref(),
         segments: served.parts.iter().map(|(rows, part)| part.segment(rows.clone())).collect(),
     });
-    let in_features = served[0].weight.shape()[1];
-    add_loras(best(), x, in_features, &mut targets.collect::<Vec<_>>());
+    let additions = Additions::new(best(), x, in_features, targets.collect());
+    drop(timer);
+    for (index, (served, out)) in served.iter().zip(outputs).enumerate() {
+        let timer =
+            time(op).work(|| work(served.weight, x.len().checked_div(in_features).unwrap_or(0)));
+        let aside = additions.product(index, served.weight, out);
+        drop(timer);
+        profile::shift(op, Op::Lora, aside);
+    }
+    let _time = time(Op::Lora);
+    additions.finish();
 }

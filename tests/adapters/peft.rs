@@ -396,7 +396,7 @@ fn limits_hold_for_the_file_its_header_and_the_rank() {
         LoadLimits { header_bytes: 100, ..limits },
         LoadLimits { rank: 3, ..limits },
     ] {
-        let read = LoraAdapter::read_within(&dir, &model("tiny-llama"), false, &limits);
+        let read = LoraAdapter::read_as(&dir, &model("tiny-llama"), LoraDtype::Auto, &limits);
         let reason = read.unwrap_err().reason();
         assert!(["too_large", "rank_too_large"].contains(&reason), "{limits:?}: {reason}");
     }

@@ -49,6 +49,30 @@ fn a_bench_says_what_adapters_cost_and_where_the_time_goes() {
 }
 
 #[test]
+fn adapters_that_a_bench_makes_cost_the_bytes_that_their_dtype_says() {
+    let bytes = |flags: &[&str]| {
+        let flags = [&["--batch", "2", "--long-prompt", "0", "--json", "--adapters", "2"], flags];
+        let run = bench(&flags.concat());
+        assert!(run.status.success(), "{run:?}");
+        let report: Value = serde_json::from_slice(&run.stdout).unwrap();
+        let rows = report["operations"][1]["operations"].as_array().unwrap();
+        let row = rows.iter().find(|row| row["operation"] == "lora").unwrap();
+        (
+            report["lora_dtype"].clone(),
+            row["bytes"].as_u64().unwrap() / row["calls"].as_u64().unwrap(),
+        )
+    };
+    let (auto, as_trained) = bytes(&[]);
+    let (bfloat16, rounded) = bytes(&["--lora-dtype", "bfloat16"]);
+    assert_eq!((auto, bfloat16), ("auto".into(), "bfloat16".into()));
+    assert!(as_trained > 0 && as_trained == 2 * rounded, "{as_trained} and {rounded}");
+    assert_eq!(bytes(&["--variant", "dora", "--lora-dtype", "float32"]).1, as_trained);
+    let refused = bench(&["--adapters", "1", "--variant", "lokr"]);
+    assert!(!refused.status.success());
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("lokr"), "{refused:?}");
+}
+
+#[test]
 fn rounded_weights_are_measured_and_people_get_a_table() {
     let run = bench(&["--batch", "2", "--quantize", "int8", "--long-prompt", "0"]);
     assert!(run.status.success(), "{run:?}");

@@ -6,9 +6,9 @@ use half::bf16;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tunesmith::kernels::{
-    AttentionBackward, AttentionForward, AttentionShape, KvForm, KvPanel, KvPanelMut, KvPanels,
-    KvSide, LANES, LoraSegment, MatmulJob, PackedWeight, QuerySpan, RmsNormGradient, WeightForm,
-    add_lora, all,
+    Additions, AttentionBackward, AttentionForward, AttentionShape, KvForm, KvPanel, KvPanelMut,
+    KvPanels, KvSide, LANES, LoraSegment, LoraTarget, MatmulJob, PackedWeight, QuerySpan,
+    RmsNormGradient, WeightForm, add_lora, all,
 };
 
 fn random(rng: &mut ChaCha8Rng, count: usize) -> Vec<f32> {
@@ -73,6 +73,7 @@ fn products_touch_nothing_beside_their_buffers() {
             let [mut x, mut w, mut bias, mut y] =
                 [&x, &w, &bias, &y].map(|values| Guarded::new(values, at_end));
             let mut dx = Guarded::new(&vec![0.0; rows * k], at_end);
+            let mut factors = Guarded::new(&random(&mut rng, n), at_end);
             for table in all() {
                 for form in WEIGHT_FORMS {
                     let weight = PackedWeight::from_f32(form, w.slice(), k);
@@ -81,8 +82,15 @@ fn products_touch_nothing_beside_their_buffers() {
                 }
                 let a = PackedWeight::from_f32(WeightForm::F32, w.slice(), k);
                 let b = PackedWeight::from_f32(WeightForm::Bf16, &vec![0.5; n * n], n);
-                let segment = LoraSegment { rows: 0..rows, a: &a, b: &b, scale: 1.0 };
-                add_lora(table, x.slice(), &[segment], (k, n), y.slice());
+                let segment =
+                    LoraSegment { rows: 0..rows, a: &a, b: &b, scale: 1.0, factors: None };
+                add_lora(table, x.slice(), &[segment.clone()], (k, n), y.slice());
+                let segments = vec![LoraSegment { factors: Some(factors.slice()), ..segment }];
+                let target = LoraTarget { out_features: n, bias: Some(bias.slice()), segments };
+                let additions = Additions::new(table, x.slice(), k, vec![target]);
+                let weight = PackedWeight::from_f32(WeightForm::Bf16, w.slice(), k);
+                additions.product(0, &weight, y.slice());
+                additions.finish();
                 tunesmith::kernels::linear(table, x.slice(), w.slice(), k, y.slice());
                 tunesmith::kernels::input_gradient(table, y.slice(), w.slice(), k, dx.slice());
                 let (a_strides, shape) = ((k, 1), (rows, k, 1));

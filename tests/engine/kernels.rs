@@ -67,7 +67,7 @@ fn adapted<'a>(
     for (count, (a, b)) in counts.iter().zip(adapters) {
         let rows = start..start + count;
         start += count;
-        segments.extend(b.as_ref().map(|b| LoraSegment { rows, a, b, scale: 0.5 }));
+        segments.extend(b.as_ref().map(|b| LoraSegment { rows, a, b, scale: 0.5, factors: None }));
     }
     segments
 }
@@ -187,18 +187,18 @@ proptest! {
         let segments: Vec<_> = lengths.iter().zip(&adapters).map(|((count, _), (a, b))| {
             let rows = start..start + count;
             start += count + 1;
-            LoraSegment { rows, a, b, scale: 0.5 }
+            LoraSegment { rows, a, b, scale: 0.5, factors: None }
         }).collect();
         for table in all() {
             let mut together = before.clone();
             add_lora(table, &x, &segments, (k, n), &mut together);
             let mut expected = before.clone();
-            for LoraSegment { rows, a, b, scale } in &segments {
+            for LoraSegment { rows, a, b, scale, .. } in &segments {
                 for row in rows.clone() {
                     // 1. Alone, and by the products that training uses.
                     let mut alone = before[row * n..(row + 1) * n].to_vec();
                     let x = &x[row * k..(row + 1) * k];
-                    let segment = LoraSegment { rows: 0..1, a, b, scale: *scale };
+                    let segment = LoraSegment { rows: 0..1, a, b, scale: *scale, factors: None };
                     add_lora(table, x, &[segment], (k, n), &mut alone);
                     prop_assert_eq!(&alone, &together[row * n..(row + 1) * n], "{}", table.name);
                     // 2. The right values.
@@ -271,7 +271,7 @@ proptest! {
                     let mut dx = vec![0.0; rows * k];
                     weight.linear(best(), &x, None, &mut out);
                     weight.input_gradient(best(), &grad, &mut dx);
-                    let segment = LoraSegment { rows: 0..rows, a: &adapter, b: &b, scale: 2.0 };
+                    let segment = LoraSegment { rows: 0..rows, a: &adapter, b: &b, scale: 2.0, factors: None };
                     add_lora(best(), &x, &[segment], (k, n), &mut out);
                     let (a_strides, shape) = ((1, n), (n, rows, k));
                     MatmulJob { a: &grad, a_strides, b: &x, shape, alpha: 1.0, accumulate: false }

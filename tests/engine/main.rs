@@ -8,11 +8,13 @@ mod support;
 
 use tunesmith::kernels::{KvForm, WeightForm};
 
+mod adapted_products;
 mod attention;
 mod families;
 mod guard_pages;
 mod kernels;
 mod kv_dtypes;
+mod lora_dtypes;
 mod parity;
 mod quantized;
 mod stories;

@@ -6,6 +6,7 @@ use clap::builder::BoolishValueParser;
 use serde::{Deserialize, Serialize};
 
 use crate::model::{KvDtype, Quantization};
+use crate::ops::lora_dtype::LoraDtype;
 
 /// Settings of `tunesmith serve`. In a YAML file, the keys are the flags without their dashes.
 #[derive(Debug, Clone, Default, clap::Args, Serialize, Deserialize)]
@@ -93,6 +94,12 @@ pub struct ServeArgs {
     #[arg(long, env = "TUNESMITH_KV_DTYPE", value_name = "f32|bf16|int8")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kv_dtype: Option<KvDtype>,
+    /// How adapters are held: every value as it is (`auto`: in 16 bits where that loses nothing; `float32`),
+    /// or rounded while they are loaded, for less memory and speed; with `auto`, what is served is bit for
+    /// bit what was trained [default: auto]
+    #[arg(long, env = "TUNESMITH_LORA_DTYPE", value_name = "auto|float16|bfloat16|float32")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora_dtype: Option<LoraDtype>,
     /// Tokens of prompts that may wait; beyond, clients get 429 [default: 262144]
     #[arg(long, env = "TUNESMITH_MAX_QUEUE_TOKENS", value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]

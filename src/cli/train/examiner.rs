@@ -15,6 +15,7 @@ use crate::engine::{
 };
 use crate::eval::{Arm, EvalReport, Runner, arms::TUNED, graders, report::Metadata};
 use crate::model::{Decoder, KvDtype, WeightMode};
+use crate::ops::lora_dtype::LoraDtype;
 use crate::text::{ChatTemplate, Tokenizer};
 use crate::train::{Candidate, Examination, Examiner, Generated, Method, Scored};
 
@@ -194,10 +195,10 @@ impl Served {
         let parity = self.parity(candidate.scored)?;
         let Parity { max_difference, num_tokens } = parity;
         ensure!(
-            parity.is_close(KvDtype::F32),
+            parity.is_close(KvDtype::F32, LoraDtype::Auto),
             "served log-probabilities differ from training by up to {max_difference:.1e} over \
              {num_tokens} tokens, more than {:.0e}",
-            Parity::tolerance(KvDtype::F32)
+            Parity::tolerance(KvDtype::F32, LoraDtype::Auto)
         );
         let max_difference = (num_tokens > 0).then_some(max_difference);
         Ok(Examination { max_difference, num_tokens, ..Examination::default() })
