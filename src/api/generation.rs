@@ -59,10 +59,11 @@ pub(crate) struct PreparedChat {
 }
 
 impl PreparedChat {
-    /// What the engine gets for choice `index`; each choice draws from its own seed.
+    /// What the engine gets for choice `index`; each choice draws from a stream of its own, the first as if
+    /// it were the only one.
     pub(crate) fn generation_request(&self, index: usize, eos: &[u32]) -> GenerationRequest {
         let mut sampling = self.request.sampling.clone();
-        sampling.seed = sampling.seed.wrapping_add(index as u64);
+        sampling.stream = index as u64;
         GenerationRequest {
             prompt: self.prompt.clone(),
             adapter: self.adapter.clone(),

@@ -38,6 +38,7 @@ pub(super) fn valid_sampling(
         repetition_penalty: within("repetition_penalty", repetition, 0.0, 10.0)?,
         logit_bias: valid_bias(wire)?,
         seed,
+        stream: 0,
     })
 }
 

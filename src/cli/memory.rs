@@ -48,11 +48,11 @@ impl Memory {
         // Results of passes that wait to be summed: one per worker.
         let copies = COPIES + if workers > 1 { 2 * workers } else { 0 };
         let (tokens, passes) = tokens_at_once(config, examples, workers);
-        let layer = layer_floats(model, adapter);
+        let (kept, whole) = layer_floats(model, adapter);
         let floats = match Recompute::from(config.recompute) {
-            // A layer's graph twice for the one that is passed: its gradients.
-            Recompute::None => layer * (model.num_layers + 1),
-            Recompute::Block => model.hidden_size * model.num_layers + 2 * layer,
+            // The layer that is gone back through is whole, and has gradients: three halves of it, measured.
+            Recompute::None => kept * model.num_layers + whole * 3 / 2,
+            Recompute::Block => model.hidden_size * model.num_layers + 2 * whole,
         };
         Ok(Self {
             weights,
@@ -95,15 +95,23 @@ pub(super) fn free() -> Option<u64> {
     Some(group.map_or(machine, |(limit, used)| machine.min(limit.saturating_sub(used))))
 }
 
-/// Numbers that the graph of a layer holds of a token, in the mean of all layers.
-fn layer_floats(model: &ModelConfig, adapter: AdapterSize) -> usize {
-    let kv = model.num_kv_heads * model.head_dim;
-    let queries = model.num_heads * model.head_dim;
-    // Input and output, two norms, what comes out of the two blocks, and the sum between them; q and k before
-    // and after their rotation, v, what comes out of attention; gate, up and their product.
-    let base = 7 * model.hidden_size + 3 * queries + 3 * kv + 3 * model.intermediate_size;
+/// Numbers that the graph of a layer holds of a token, in the mean of all layers: until its turn comes, and then.
+fn layer_floats(model: &ModelConfig, adapter: AdapterSize) -> (usize, usize) {
+    let (hidden, intermediate) = (model.hidden_size, model.intermediate_size);
+    let (queries, kv) = (model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim);
+    // Input and the sum behind attention; q and k as rotated, v, what comes out of attention; gate and up.
+    let mut kept = 2 * hidden + 2 * queries + 2 * kv + 2 * intermediate;
+    // What goes into norms besides.
+    if model.qk_norm {
+        kept += queries + kv;
+    }
+    if model.output_norms {
+        kept += 2 * hidden;
+    }
     // Plain LoRA is one operation with its projection and keeps x A; others are several, each with an output.
-    base + (adapter.ranks + 4 * adapter.apart).div_ceil(model.num_layers)
+    kept += (adapter.ranks + 4 * adapter.apart).div_ceil(model.num_layers);
+    // The normed inputs, what the two blocks make, and the output; q and k before; the product of gate and up.
+    (kept, kept + 5 * hidden + queries + kv + intermediate)
 }
 
 /// Numbers of the logits that a pass over `tokens` holds at a time.
@@ -152,10 +160,10 @@ fn table_parameters(model: &ModelConfig) -> usize {
     tables * model.vocab_size * model.hidden_size
 }
 
-/// Bytes of the base as it is held: as in its files, or rounded, with a scale for each 32 weights.
+/// Bytes of the base as it is held: as in its files, or rounded, with a scale for each group of weights.
 fn weight_bytes(dir: &Path, model: &ModelConfig, quantize: Quantization) -> io::Result<u64> {
     const SCALE: usize = 2;
-    let int8 = |weights: usize| weights + weights / 32 * SCALE;
+    let int8 = |weights: usize| weights + weights / 64 * SCALE;
     let int4 = |weights: usize| weights / 2 + weights / 32 * SCALE;
     match quantize {
         Quantization::None => file_bytes(dir),

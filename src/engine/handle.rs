@@ -21,6 +21,10 @@ use super::{
     request::{Slot, Submission},
 };
 use crate::model::{Decoder, KvCache};
+use crate::ops::keep_freed_memory;
+
+/// Freed memory that is kept for the next step, in bytes: what a prompt's chunk of 2,048 tokens makes on its way.
+const KEPT_BYTES: usize = 256 << 20;
 
 /// The only way to the engine. Cloneable; dropping the last one ends the thread once the requests that
 /// it took have ended.
@@ -93,6 +97,8 @@ pub fn spawn(decoder: Arc<Decoder>, mut config: EngineConfig) -> Result<EngineHa
     let cache = KvCache::with_dtype(decoder.config(), blocks, size, config.kv_dtype)
         .map_err(|error| EngineError::Start(error.to_string()))?;
     let fingerprint = decoder.quick_fingerprint();
+    // After the cache is made, whose memory is taken as it is used.
+    keep_freed_memory(KEPT_BYTES);
     start(CachedDecoder { decoder, cache }, vocab_size, fingerprint, config)
 }
 

@@ -39,6 +39,9 @@ pub struct SamplingParams {
     pub logit_bias: Vec<(u32, f32)>,
     /// Equal seeds draw equal tokens from equal logits.
     pub seed: u64,
+    /// Which of the streams of one seed is drawn from: no two of them, or of other seeds, have draws in
+    /// common.
+    pub stream: u64,
 }
 
 impl SamplingParams {
@@ -54,6 +57,7 @@ impl SamplingParams {
             repetition_penalty: 1.0,
             logit_bias: Vec::new(),
             seed: 0,
+            stream: 0,
         }
     }
 }
@@ -81,7 +85,8 @@ impl Sampler {
     /// The sampler of an answer to `prompt`, whose tokens some penalties look at.
     #[must_use]
     pub fn new(params: SamplingParams, prompt: &[u32]) -> Self {
-        let rng = ChaCha8Rng::seed_from_u64(params.seed);
+        let mut rng = ChaCha8Rng::seed_from_u64(params.seed);
+        rng.set_stream(params.stream);
         let penalties = Penalties::new(&params, prompt);
         let (weights, sums, candidates) = (Vec::new(), Vec::new(), Vec::new());
         Self { params, penalties, rng, weights, sums, candidates }

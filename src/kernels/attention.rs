@@ -10,7 +10,7 @@
 //! first to the last, and lanes that the row does not see add exact zeros. Blocks that lie before
 //! every window of a pass are not visited.
 
-use std::ops::Range;
+use std::{cmp::Reverse, ops::Range};
 
 use super::{
     Kernels,
@@ -173,6 +173,11 @@ impl AttentionForward<'_> {
                 }
             }
         }
+        // The longest first, so that no thread is left with one of them at the end.
+        tasks.sort_by_key(|task| {
+            let last = task.span.first_position + (task.rows.end - task.span.rows.start);
+            Reverse(task.rows.len() * last)
+        });
         tasks
     }
 }

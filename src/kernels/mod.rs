@@ -46,10 +46,10 @@ pub use attention::{
     KvSide, QuerySpan,
 };
 pub use gemm::MatmulJob;
-pub use heap::release_freed_memory;
+pub use heap::{buffer, keep_freed_memory, release_freed_memory};
 pub use lora::{LoraOutput, LoraSegment, LoraTarget, add_lora, add_loras};
 pub use lora_additions::Additions;
-pub use panels::{GROUP, PackedWeight, WeightForm};
+pub use panels::{PackedWeight, WeightForm};
 pub use roofline::Roofline;
 pub use rows::RmsNormGradient;
 pub use simd::LANES;

@@ -8,8 +8,8 @@
 //! |---|---|---|
 //! | `F32`, `F16` | `[in][16]` | 4, 2 |
 //! | `Bf16`, `Bf16Dot` | `[in / 2][16][2]`: a 32-bit lane holds two terms | 2 |
-//! | `Int8` | `[in / 4][16][4]`, each plus 128; scales `[in / 32][16]` | 1.06 |
-//! | `Int4` | `[in / 8][16][4]`, two terms a byte, each plus 8; scales alike | 0.56 |
+//! | `Int8` | `[in / 4][16][4]`, each plus 128; scales `[in / 64][16]` | 1.03 |
+//! | `Int4` | `[in / 8][16][4]`, two terms a byte, each plus 8; scales `[in / 32][16]` | 0.56 |
 //!
 //! Terms are padded with zeros to whole pairs (of pairs in `Bf16Dot`) or groups, columns to whole panels.
 
@@ -19,9 +19,6 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::{bf16_rows::round, pages::Lines, quantize::RoundRow, simd::LANES, table::best};
-
-/// Terms that share a scale in the quantised forms.
-pub const GROUP: usize = 32;
 
 /// How a packed matrix holds its weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -35,7 +32,7 @@ pub enum WeightForm {
     /// Rounded to bf16, 16 bits, for products whose input is rounded to bf16 as well. Subnormal weights are
     /// held as zero, which is what the processor's dot products take them for.
     Bf16Dot,
-    /// 8 bits, a scale for each 32 terms.
+    /// 8 bits, a scale for each 64 terms.
     Int8,
     /// 4 bits, a scale for each 32 terms.
     Int4,
@@ -46,6 +43,16 @@ impl WeightForm {
     #[must_use]
     pub fn is_exact(self) -> bool {
         matches!(self, Self::F32 | Self::F16 | Self::Bf16)
+    }
+
+    /// Terms that share a scale in the quantised forms; the others have none.
+    #[must_use]
+    pub const fn group(self) -> usize {
+        match self {
+            Self::Int8 => 64,
+            Self::Int4 => 32,
+            Self::F32 | Self::F16 | Self::Bf16 | Self::Bf16Dot => 1,
+        }
     }
 
     /// Whether a scale belongs to each group of weights.
@@ -67,8 +74,8 @@ impl WeightForm {
             Self::F32 => in_features.next_multiple_of(2) * LANES * 4,
             Self::F16 | Self::Bf16 => in_features.next_multiple_of(2) * LANES * 2,
             Self::Bf16Dot => in_features.next_multiple_of(4) * LANES * 2,
-            Self::Int8 => in_features.next_multiple_of(GROUP) * LANES,
-            Self::Int4 => in_features.next_multiple_of(GROUP) * LANES / 2,
+            Self::Int8 => in_features.next_multiple_of(self.group()) * LANES,
+            Self::Int4 => in_features.next_multiple_of(self.group()) * LANES / 2,
         }
     }
 
@@ -116,7 +123,7 @@ impl PackedWeight {
         let panels = out_features.div_ceil(LANES);
         let panel_bytes = form.panel_bytes(in_features);
         let scale_bytes =
-            if form.has_scales() { in_features.div_ceil(GROUP) * LANES * 2 } else { 0 };
+            if form.has_scales() { in_features.div_ceil(form.group()) * LANES * 2 } else { 0 };
         let mut data = Lines::zeroed(panels * panel_bytes);
         let mut scales = Lines::zeroed(panels * scale_bytes);
         let row_bytes = in_features * source.element_bytes();
@@ -231,7 +238,7 @@ impl PackedWeight {
     }
 
     pub(super) fn groups(&self) -> usize {
-        self.in_features.div_ceil(GROUP)
+        self.in_features.div_ceil(self.form.group())
     }
 
     /// One weight.
@@ -248,12 +255,12 @@ impl PackedWeight {
             WeightForm::Bf16 | WeightForm::Bf16Dot => bf16::from_le_bytes(two(at)).to_f32(),
             WeightForm::Int8 => {
                 let byte = panel_data[(term / 4 * LANES + lane) * 4 + term % 4];
-                self.scale(panel, term / GROUP, lane) * (f32::from(byte) - 128.0)
+                self.scale(panel, term / self.form.group(), lane) * (f32::from(byte) - 128.0)
             }
             WeightForm::Int4 => {
                 let byte = panel_data[(term / 8 * LANES + lane) * 4 + term % 4];
                 let nibble = if term % 8 < 4 { byte & 15 } else { byte >> 4 };
-                self.scale(panel, term / GROUP, lane) * (f32::from(nibble) - 8.0)
+                self.scale(panel, term / self.form.group(), lane) * (f32::from(nibble) - 8.0)
             }
         }
     }
@@ -357,14 +364,14 @@ fn quantize_row(
     panel: &mut [u8],
     scales: &mut [u8],
 ) {
-    values.resize(values.len().next_multiple_of(GROUP), 0.0);
+    values.resize(values.len().next_multiple_of(form.group()), 0.0);
     let mut quants = vec![0; values.len()];
-    let mut scale_of = vec![bf16::ZERO; values.len() / GROUP];
+    let mut scale_of = vec![bf16::ZERO; values.len() / form.group()];
     let row = RoundRow { values: &values, quants: &mut quants, scales: &mut scale_of };
     let round = if form == WeightForm::Int4 { best().round_int4 } else { best().round_int8 };
     // SAFETY: the table's functions are for this CPU.
     unsafe { round(row) };
-    for (group, (quants, scale)) in quants.as_chunks().0.iter().zip(scale_of).enumerate() {
+    for (group, (quants, scale)) in quants.chunks_exact(form.group()).zip(scale_of).enumerate() {
         let at = (group * LANES + lane) * 2;
         scales[at..at + 2].copy_from_slice(&scale.to_le_bytes());
         place_quants(form, group, lane, quants, panel);
@@ -372,16 +379,10 @@ fn quantize_row(
 }
 
 /// Puts a group's integers, offset to be positive, into its lane.
-fn place_quants(
-    form: WeightForm,
-    group: usize,
-    lane: usize,
-    quants: &[i8; GROUP],
-    panel: &mut [u8],
-) {
+fn place_quants(form: WeightForm, group: usize, lane: usize, quants: &[i8], panel: &mut [u8]) {
     if form == WeightForm::Int4 {
         for (index, eight) in quants.chunks_exact(8).enumerate() {
-            let at = ((group * (GROUP / 8) + index) * LANES + lane) * 4;
+            let at = ((group * (form.group() / 8) + index) * LANES + lane) * 4;
             for byte in 0..4 {
                 let [low, high] = [eight[byte], eight[byte + 4]].map(|q| (q + 8).cast_unsigned());
                 panel[at + byte] = low | high << 4;
@@ -389,7 +390,7 @@ fn place_quants(
         }
     } else {
         for (index, four) in quants.chunks_exact(4).enumerate() {
-            let at = ((group * (GROUP / 4) + index) * LANES + lane) * 4;
+            let at = ((group * (form.group() / 4) + index) * LANES + lane) * 4;
             for byte in 0..4 {
                 panel[at + byte] = four[byte].cast_unsigned() ^ 0x80;
             }
@@ -400,8 +401,8 @@ fn place_quants(
 /// Zeros, offset alike, in the lanes that the last panel has no rows for.
 fn pad_lanes(form: WeightForm, in_features: usize, rows: usize, panel: &mut [u8]) {
     for lane in rows..LANES {
-        for group in 0..in_features.div_ceil(GROUP) {
-            place_quants(form, group, lane, &[0; GROUP], panel);
+        for group in 0..in_features.div_ceil(form.group()) {
+            place_quants(form, group, lane, &vec![0; form.group()], panel);
         }
     }
 }

@@ -30,7 +30,7 @@ pub(super) type Then<'a> = dyn Fn(Range<usize>, Range<usize>, *mut f32) + Sync +
 
 impl PackedWeight {
     /// `out = x W^T + bias`: `x [rows, in]`, `bias [out]`, `out [rows, out]`. With an int8 or int4
-    /// weight, the rows of `x` are rounded to 8 bits too, each group of 32 by a scale of its own; with
+    /// weight, the rows of `x` are rounded to 8 bits too, each group of its terms by a scale of its own; with
     /// [`WeightForm::Bf16Dot`], to bf16.
     ///
     /// # Panics

@@ -1,6 +1,6 @@
 //! `x W^T` over panels of small integers.
 //!
-//! The rows of `x` are rounded to 8 bits, each group of 32 terms by a scale of its own. The products of
+//! The rows of `x` are rounded to 8 bits, each group of the weights' terms by a scale of its own. The products of
 //! a group are added as integers, which is exact in any order; their sum, times both scales, is added
 //! to the output element's one chain, group after group. A row depends on itself only.
 //!
@@ -12,16 +12,18 @@ use std::{hint::black_box, ops::Range};
 
 use super::{
     Kernels,
-    panels::{GROUP, PackedWeight, WeightForm},
+    panels::{PackedWeight, WeightForm},
     product::{Then, prefetch},
-    quant_rows::{QuantPlaces, WORDS, with_quant_rows},
+    quant_rows::{QuantPlaces, with_quant_rows},
     row_tiles::tile_height,
     simd::{LANES, Simd, load_partial, store_partial},
     threads::{Shared, for_each_tile},
 };
 
-/// Groups of a block of panels that stays in the first-level cache while the row tiles pass by.
-const BLOCK_GROUPS: usize = 16;
+/// Terms of a block of panels that stays in the first-level cache while the row tiles pass by.
+const BLOCK_TERMS: usize = 1024;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 /// Up to so many rows, each panel is read to its end before the next.
 const STREAMED_ROWS: usize = 24;
 
@@ -37,13 +39,10 @@ pub(super) fn linear(
     let [columns, terms] = weight.shape();
     let rows = x.len() / terms;
     let height = quant_height(kernels, rows);
-    let (body, offset) = if weight.form() == WeightForm::Int8 {
-        (kernels.panels_int8, 128)
-    } else {
-        (kernels.panels_int4, 8)
-    };
+    let is_int8 = weight.form() == WeightForm::Int8;
+    let body = if is_int8 { kernels.panels_int8 } else { kernels.panels_int4 };
     let shared = Shared(out.as_mut_ptr());
-    with_quant_rows(kernels, x, (terms, height), offset, |x| {
+    with_quant_rows(kernels, x, (terms, height), weight.form(), |x| {
         for_each_tile(rows, columns, terms / 4, height, |rows, panels| {
             let tile = QuantTile {
                 x,
@@ -106,7 +105,8 @@ pub(super) unsafe fn quant_tile<
     if tile.rows.len() <= STREAMED_ROWS {
         at_once = wide;
     }
-    let block = if tile.rows.len() <= tile.height { tile.groups } else { BLOCK_GROUPS };
+    let is_one_tile = tile.rows.len() <= tile.height;
+    let block = if is_one_tile { tile.groups } else { BLOCK_TERMS / group_terms(BITS) };
     for first in tile.panels.clone().step_by(at_once.max(1)) {
         let panels = first..(first + at_once).min(tile.panels.end);
         for start in (0..tile.groups).step_by(block) {
@@ -114,16 +114,63 @@ pub(super) unsafe fn quant_tile<
             let mut panel = panels.start;
             while panel < panels.end {
                 let take = if panel + wide <= panels.end { wide } else { 1 };
+                let next = if panel + take < panels.end {
+                    (panel + take, groups.start)
+                } else {
+                    (panels.start, groups.end)
+                };
                 let mut row = tile.rows.start;
                 while row < tile.rows.end {
+                    let step = Step {
+                        row,
+                        panel,
+                        groups: groups.clone(),
+                        ahead: ahead::<BITS>(tile, row, next),
+                    };
                     // SAFETY: by contract.
-                    unsafe { rows::<S, BITS, MANY, WIDE, NV>(tile, (row, panel), &groups, take) };
+                    unsafe { rows::<S, BITS, MANY, WIDE, NV>(tile, &step, take) };
                     row += tile.height;
                 }
                 panel += take;
             }
         }
     }
+}
+
+/// What one set of registers computes.
+struct Step {
+    row: usize,
+    panel: usize,
+    groups: Range<usize>,
+    ahead: Ahead,
+}
+
+/// The next block of weights is asked for meanwhile: each of the row tiles that use a block asks for its
+/// share of the next one.
+#[derive(Clone, Copy)]
+struct Ahead {
+    from: *const u8,
+    /// Lines of each group.
+    lines: usize,
+}
+
+/// The share of the row tile that `row` begins in asking for the block of `panel` and `group`. Few rows
+/// ask for what they read a little later instead.
+fn ahead<const BITS: usize>(tile: &QuantTile, row: usize, (panel, group): (usize, usize)) -> Ahead {
+    let group_bytes = group_terms(BITS) * LANES * BITS / 8;
+    let lines = group_bytes / LINE;
+    let (tiles, index) =
+        (tile.rows.len().div_ceil(tile.height), (row - tile.rows.start) / tile.height);
+    let each = lines.div_ceil(tiles);
+    let is_of_use = tile.rows.len() > STREAMED_ROWS && index * each < lines;
+    // Only asked for: it may lie outside.
+    let at = (panel * tile.groups + group) * group_bytes + index * each * LINE;
+    Ahead { from: tile.weight.wrapping_add(at), lines: if is_of_use { each } else { 0 } }
+}
+
+/// Terms of a group of weights of so many bits.
+const fn group_terms(bits: usize) -> usize {
+    if bits == 8 { WeightForm::Int8.group() } else { WeightForm::Int4.group() }
 }
 
 /// One tile of rows and `take` panels.
@@ -136,23 +183,22 @@ unsafe fn rows<
     const NV: usize,
 >(
     tile: &QuantTile,
-    place: (usize, usize),
-    groups: &Range<usize>,
+    step: &Step,
     take: usize,
 ) {
     // SAFETY: by the contract of `quant_tile`.
     unsafe {
-        match (tile_height(tile.rows.end - place.0, tile.height), take) {
-            (1, 1) => registers::<S, BITS, 1, 1>(tile, place, groups),
-            (2, 1) => registers::<S, BITS, 2, 1>(tile, place, groups),
-            (4, 1) => registers::<S, BITS, 4, 1>(tile, place, groups),
-            (_, 1) => registers::<S, BITS, MANY, 1>(tile, place, groups),
-            (1, take) if take == WIDE => registers::<S, BITS, 1, WIDE>(tile, place, groups),
-            (2, take) if take == WIDE => registers::<S, BITS, 2, WIDE>(tile, place, groups),
-            (1, _) => registers::<S, BITS, 1, NV>(tile, place, groups),
-            (2, _) => registers::<S, BITS, 2, NV>(tile, place, groups),
-            (4, _) => registers::<S, BITS, 4, NV>(tile, place, groups),
-            (_, _) => registers::<S, BITS, MANY, NV>(tile, place, groups),
+        match (tile_height(tile.rows.end - step.row, tile.height), take) {
+            (1, 1) => registers::<S, BITS, 1, 1>(tile, step),
+            (2, 1) => registers::<S, BITS, 2, 1>(tile, step),
+            (4, 1) => registers::<S, BITS, 4, 1>(tile, step),
+            (_, 1) => registers::<S, BITS, MANY, 1>(tile, step),
+            (1, take) if take == WIDE => registers::<S, BITS, 1, WIDE>(tile, step),
+            (2, take) if take == WIDE => registers::<S, BITS, 2, WIDE>(tile, step),
+            (1, _) => registers::<S, BITS, 1, NV>(tile, step),
+            (2, _) => registers::<S, BITS, 2, NV>(tile, step),
+            (4, _) => registers::<S, BITS, 4, NV>(tile, step),
+            (_, _) => registers::<S, BITS, MANY, NV>(tile, step),
         }
     }
 }
@@ -161,9 +207,9 @@ unsafe fn rows<
 #[inline(always)]
 unsafe fn registers<S: Simd, const BITS: usize, const MR: usize, const NV: usize>(
     tile: &QuantTile,
-    (row, panel): (usize, usize),
-    groups: &Range<usize>,
+    &Step { row, panel, ref groups, ahead }: &Step,
 ) {
+    let group_bytes = group_terms(BITS) * LANES * BITS / 8;
     let count = (tile.rows.end - row).min(MR);
     // SAFETY: by the contract of `quant_tile`: the tile of rows is padded to MR, the panels have
     // `groups` groups, and output is touched only where it exists.
@@ -179,6 +225,13 @@ unsafe fn registers<S: Simd, const BITS: usize, const MR: usize, const NV: usize
             }
         }
         for group in groups.clone() {
+            for line in 0..ahead.lines {
+                let skip = (group - groups.start) * group_bytes + line * LINE;
+                for v in 0..NV {
+                    let panel = v * tile.groups * group_bytes;
+                    S::prefetch_far(ahead.from.wrapping_add(panel + skip));
+                }
+            }
             let ints = integers::<S, BITS, MR, NV>(tile, (row, panel), group);
             let x_scales = tile.x.scales.get().add(row * tile.groups + group * MR);
             for v in 0..NV {
@@ -208,21 +261,22 @@ unsafe fn integers<S: Simd, const BITS: usize, const MR: usize, const NV: usize>
     (row, panel): (usize, usize),
     group: usize,
 ) -> [[S::I; NV]; MR] {
-    let group_bytes = GROUP * LANES * BITS / 8;
+    let words_of_group = group_terms(BITS) / 4;
+    let group_bytes = group_terms(BITS) * LANES * BITS / 8;
     let panel_bytes = tile.groups * group_bytes;
     // Few rows wait for the weights. The first tile of rows brings them for the others.
     let fetch = tile.rows.len() <= STREAMED_ROWS && row == tile.rows.start;
     // SAFETY: by the contract of `quant_tile`.
     unsafe {
         let at = row * tile.groups + group * MR;
-        let words = tile.x.words.get().add(at * WORDS);
+        let words = tile.x.words.get().add(at * words_of_group);
         let starts = tile.x.starts.get().add(at);
         let weight = tile.weight.add(panel * panel_bytes + group * group_bytes);
         let mut ints: [[S::I; NV]; MR] =
             std::array::from_fn(|i| [S::splat_int(*starts.add(i)); NV]);
         // Unrolled, this loop would be reordered until the sums no longer fit in registers.
-        let (mut word, words_of_group) = (0, black_box(WORDS));
-        while word < words_of_group {
+        let (mut word, end) = (0, black_box(words_of_group));
+        while word < end {
             let mut bytes = [[S::load_bytes(weight); 2]; NV];
             let line = word * BITS / 8 * 64;
             for v in 0..NV {
@@ -239,7 +293,7 @@ unsafe fn integers<S: Simd, const BITS: usize, const MR: usize, const NV: usize>
             }
             for part in 0..8 / BITS {
                 for i in 0..MR {
-                    let four = *words.add(i * WORDS + word + part);
+                    let four = *words.add(i * words_of_group + word + part);
                     for v in 0..NV {
                         ints[i][v] = S::dot(ints[i][v], bytes[v][part], four);
                     }

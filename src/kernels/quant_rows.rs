@@ -1,27 +1,33 @@
-//! Rows of a product's input rounded to 8 bits, each group of 32 terms by a scale of its own.
+//! Rows of a product's input rounded to 8 bits, each group of terms by a scale of its own.
+//!
+//! Groups are as long as those of the weights. Sixteen of them are rounded at a time, so that their
+//! greatest magnitudes and their sums are found in the lanes of a vector.
+#![allow(clippy::needless_range_loop, reason = "vectors are indexed")]
 
 use std::cell::Cell;
 
 use super::{
     Kernels,
-    panels::GROUP,
+    panels::WeightForm,
     quantize::{size, whole},
     row_tiles::tile_height,
     simd::{LANES, Simd},
     threads::{Shared, for_each_range},
 };
 
-/// Four-byte words of a group.
-pub(super) const WORDS: usize = GROUP / 4;
 /// Multiply-adds that rounding one term is worth.
-const WORK: usize = 4;
-/// Groups that a thread may keep memory for: about 16 MiB.
-const MAX_KEPT: usize = (16 << 20) / (GROUP + 8);
+const WORK: usize = 2;
+/// Terms that a thread may keep memory for: about 16 MiB.
+const MAX_KEPT: usize = 12 << 20;
+/// How far ahead of the rounding rows are asked for.
+const PREFETCH_BYTES: usize = 6 << 10;
+/// Terms of a group at most.
+const MAX_GROUP: usize = 64;
 
 /// Rows as integers, in tiles as high as [`tile_height`] says.
 #[derive(Default)]
 pub(super) struct QuantRows {
-    /// Four terms each: tile after tile, `[groups][rows of the tile][WORDS]`.
+    /// Four terms each: tile after tile, `[groups][rows of the tile][words of a group]`.
     words: Vec<i32>,
     /// `[groups][rows of the tile]`
     scales: Vec<f32>,
@@ -44,19 +50,19 @@ pub(super) struct QuantPlaces {
     pub(super) starts: Shared<i32>,
 }
 
-/// Calls `body` with the rounded rows of `x [rows, terms]` in tiles of `tile` rows, for weights that are
-/// held plus `offset`.
+/// Calls `body` with the rounded rows of `x [rows, terms]` in tiles of `tile` rows, for weights of that
+/// form.
 pub(super) fn with_quant_rows(
     kernels: &Kernels,
     x: &[f32],
     (terms, tile): (usize, usize),
-    offset: i32,
+    form: WeightForm,
     body: impl FnOnce(QuantPlaces),
 ) {
     // Taken, not borrowed: while this thread waits for others, it may run another product.
     let mut rows = ROWS.take();
-    body(rows.fill(kernels, x, (terms, tile), offset));
-    if rows.scales.len() <= MAX_KEPT {
+    body(rows.fill(kernels, x, (terms, tile), form));
+    if rows.words.len() * 4 <= MAX_KEPT {
         ROWS.set(rows);
     }
 }
@@ -67,12 +73,12 @@ impl QuantRows {
         kernels: &Kernels,
         x: &[f32],
         (terms, tile): (usize, usize),
-        offset: i32,
+        form: WeightForm,
     ) -> QuantPlaces {
-        let (rows, groups) = (x.len() / terms, terms.div_ceil(GROUP));
+        let (rows, groups) = (x.len() / terms, terms.div_ceil(form.group()));
         let full = rows / tile * tile;
         let padded = full + if rows > full { tile_height(rows - full, tile) } else { 0 };
-        self.words.resize(self.words.len().max(padded * groups * WORDS), 0);
+        self.words.resize(self.words.len().max(padded * groups * form.group() / 4), 0);
         self.scales.resize(self.scales.len().max(padded * groups), 0.0);
         self.starts.resize(self.starts.len().max(padded * groups), 0);
         let places = QuantPlaces {
@@ -81,7 +87,7 @@ impl QuantRows {
             starts: Shared(self.starts.as_mut_ptr()),
         };
         for_each_range(rows, 1, WORK * terms, |range| {
-            let job = QuantizeRows { x, terms, offset, tile, rows: range, places };
+            let job = QuantizeRows { x, terms, form, tile, rows: range, places };
             // SAFETY: each row has its own part of the three, which were made long enough; the
             // table's functions are for this CPU.
             unsafe { (kernels.quantize)(&job) };
@@ -95,7 +101,8 @@ impl QuantRows {
 pub(super) struct QuantizeRows<'a> {
     x: &'a [f32],
     terms: usize,
-    offset: i32,
+    /// Of the weights.
+    form: WeightForm,
     /// Rows of a whole tile.
     tile: usize,
     rows: std::ops::Range<usize>,
@@ -107,52 +114,117 @@ pub(super) struct QuantizeRows<'a> {
 /// features of `S`.
 #[inline(always)]
 pub(super) unsafe fn quantize_rows<S: Simd>(job: &QuantizeRows<'_>) {
-    let (groups, num_rows) = (job.terms.div_ceil(GROUP), job.x.len() / job.terms);
+    // SAFETY: by contract.
+    unsafe {
+        if job.form == WeightForm::Int8 {
+            rows_in_groups::<S, { WeightForm::Int8.group() / LANES }>(job, 128);
+        } else {
+            rows_in_groups::<S, { WeightForm::Int4.group() / LANES }>(job, 8);
+        }
+    }
+}
+
+/// Groups of `PARTS` vectors, for weights that are held plus `offset`.
+#[inline(always)]
+unsafe fn rows_in_groups<S: Simd, const PARTS: usize>(job: &QuantizeRows<'_>, offset: i32) {
+    let length = PARTS * LANES;
+    let (groups, num_rows) = (job.terms.div_ceil(length), job.x.len() / job.terms);
     for row in job.rows.clone() {
         let first = row / job.tile * job.tile;
         let height = tile_height(num_rows - first, job.tile);
         let values = &job.x[row * job.terms..(row + 1) * job.terms];
-        for (group, values) in values.chunks(GROUP).enumerate() {
-            let mut padded = [0.0_f32; GROUP];
-            let values = if values.len() == GROUP {
-                values
-            } else {
-                padded[..values.len()].copy_from_slice(values);
-                &padded
-            };
-            let at = first * groups + group * height + (row - first);
-            // SAFETY: 32 elements are there to read, and by contract as many bytes to write.
+        for start in (0..groups).step_by(LANES) {
+            let whole_groups = (values.len() / length - start).min(LANES);
+            let values = &values[start * length..];
+            let at = first * groups + start * height + (row - first);
+            // SAFETY: the groups are there to read, and by contract to write.
             unsafe {
-                let to = job.places.words.get().add(at * WORDS).cast::<i8>();
-                let (scale, sum) = quantize_group::<S>(values, to);
-                *job.places.scales.get().add(at) = scale;
-                *job.places.starts.get().add(at) = -job.offset * sum;
+                let to = Places { job, offset, at, height };
+                to.round::<S, PARTS>(values.as_ptr(), whole_groups);
+                let rest = &values[whole_groups * length..];
+                if whole_groups < LANES && !rest.is_empty() {
+                    let mut padded = [0.0_f32; MAX_GROUP];
+                    padded[..rest.len()].copy_from_slice(rest);
+                    let at = at + whole_groups * height;
+                    Places { at, ..to }.round::<S, PARTS>(padded.as_ptr(), 1);
+                }
             }
         }
     }
 }
 
-/// Writes 32 integers in -127..=127; returns their scale and their sum.
-///
-/// # Safety
-/// 32 elements are readable, 32 bytes writable; the CPU has the features of `S`.
+/// Where the groups of a row go: to `at` and every `height` groups from there.
+#[derive(Clone, Copy)]
+struct Places<'a> {
+    job: &'a QuantizeRows<'a>,
+    offset: i32,
+    at: usize,
+    height: usize,
+}
+
+impl Places<'_> {
+    /// Rounds `count` (<= 16) groups to integers in -127..=127.
+    ///
+    /// # Safety
+    /// So many groups are readable and their places writable; the CPU has the features of `S`.
+    #[inline(always)]
+    unsafe fn round<S: Simd, const PARTS: usize>(self, values: *const f32, count: usize) {
+        let places = self.job.places;
+        // SAFETY: by contract.
+        unsafe {
+            let mut sizes = [S::splat(0.0); LANES];
+            for group in 0..count {
+                for part in 0..PARTS {
+                    let values = values.add((group * PARTS + part) * LANES);
+                    S::prefetch(values.cast::<u8>().wrapping_add(PREFETCH_BYTES));
+                    let values = S::load(values);
+                    sizes[group] = S::max(sizes[group], size::<S>(values));
+                }
+            }
+            let mut greatest = [0.0_f32; LANES];
+            S::store(greatest.as_mut_ptr(), across::<S, true>(sizes));
+            let mut inverse = [0.0_f32; LANES];
+            for group in 0..LANES {
+                let size = greatest[group];
+                inverse[group] = if size > 0.0 { 127.0 / size } else { 0.0 };
+            }
+            let mut sums = [S::splat(0.0); LANES];
+            for group in 0..count {
+                let at = self.at + group * self.height;
+                let to = places.words.get().add(at * PARTS * LANES / 4).cast::<i8>();
+                for part in 0..PARTS {
+                    let values = S::load(values.add((group * PARTS + part) * LANES));
+                    let rounded = S::mul(values, S::splat(inverse[group]));
+                    let rounded = whole::<S>(rounded, -127.0, 127.0);
+                    S::store_int8(to.add(part * LANES), rounded);
+                    sums[group] = S::add(sums[group], rounded);
+                }
+            }
+            // Whole numbers far below 2^24: exact in any order.
+            let mut totals = [0.0_f32; LANES];
+            S::store(totals.as_mut_ptr(), across::<S, false>(sums));
+            for group in 0..count {
+                let at = self.at + group * self.height;
+                *places.scales.get().add(at) = greatest[group] / 127.0;
+                #[allow(clippy::cast_possible_truncation, reason = "a whole number below 2^14")]
+                let total = totals[group] as i32;
+                *places.starts.get().add(at) = -self.offset * total;
+            }
+        }
+    }
+}
+
+/// Lane `i`: the greatest lane of vector `i`, or the sum of them.
 #[inline(always)]
-unsafe fn quantize_group<S: Simd>(values: &[f32], to: *mut i8) -> (f32, i32) {
-    // SAFETY: by contract.
+unsafe fn across<S: Simd, const GREATEST: bool>(vectors: [S::V; LANES]) -> S::V {
+    // SAFETY: lane arithmetic.
     unsafe {
-        let halves = [S::load(values.as_ptr()), S::load(values.as_ptr().add(LANES))];
-        let greatest = S::max_lane(S::max(size::<S>(halves[0]), size::<S>(halves[1])));
-        let inverse = S::splat(if greatest > 0.0 { 127.0 / greatest } else { 0.0 });
-        // No closures here: they would be called, not inlined.
-        let rounded = [
-            whole::<S>(S::mul(halves[0], inverse), -127.0, 127.0),
-            whole::<S>(S::mul(halves[1], inverse), -127.0, 127.0),
-        ];
-        S::store_int8(to, rounded[0]);
-        S::store_int8(to.add(LANES), rounded[1]);
-        // Whole numbers far below 2^24: exact in any order.
-        #[allow(clippy::cast_possible_truncation, reason = "a whole number below 2^13")]
-        let sum = S::sum(S::add(rounded[0], rounded[1])) as i32;
-        (greatest / 127.0, sum)
+        let columns = S::transpose(vectors);
+        let mut joined = columns[0];
+        for i in 1..LANES {
+            let column = columns[i];
+            joined = if GREATEST { S::max(joined, column) } else { S::add(joined, column) };
+        }
+        joined
     }
 }

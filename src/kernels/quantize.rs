@@ -1,4 +1,4 @@
-//! Thirty-two weights as small integers and one scale.
+//! A group of weights as small integers and one scale: 64 in 8 bits, 32 in four.
 //!
 //! A scale is a bf16: it has the range of an f32, so that no matrix is too small for it, and its eight
 //! bits of precision cost nothing, since the integers are chosen for the scale as it is rounded.
@@ -11,10 +11,13 @@
 use half::bf16;
 
 use super::{
-    panels::GROUP,
+    panels::WeightForm,
     simd::{LANES, Simd},
 };
 
+/// Weights of a group in 8 bits, and in four.
+const GROUP_8: usize = WeightForm::Int8.group();
+const GROUP_4: usize = WeightForm::Int4.group();
 /// Scales tried for four bits around the one that maps the greatest magnitude to -8.
 const CANDIDATES: i32 = 8;
 
@@ -33,12 +36,16 @@ pub(super) struct RoundRow<'a> {
 /// The CPU has the features of `S`.
 #[inline(always)]
 pub(super) unsafe fn round_to_8_bits<S: Simd>(row: RoundRow<'_>) {
-    let groups = row.values.chunks_exact(GROUP).zip(row.quants.chunks_exact_mut(GROUP));
+    let groups = row.values.chunks_exact(GROUP_8).zip(row.quants.chunks_exact_mut(GROUP_8));
     for ((values, quants), to) in groups.zip(row.scales) {
-        // SAFETY: 32 elements are there to read and to write.
+        // SAFETY: 64 elements are there to read and to write.
         unsafe {
-            let halves = [S::load(values.as_ptr()), S::load(values.as_ptr().add(LANES))];
-            let greatest = S::max_lane(S::max(size::<S>(halves[0]), size::<S>(halves[1])));
+            let mut sizes = S::splat(0.0);
+            for part in 0..GROUP_8 / LANES {
+                let values = S::load(values.as_ptr().add(part * LANES));
+                sizes = S::max(sizes, size::<S>(values));
+            }
+            let greatest = S::max_lane(sizes);
             let scale = round_up(greatest / 127.0);
             *to = scale;
             if scale.to_f32() == 0.0 {
@@ -46,9 +53,10 @@ pub(super) unsafe fn round_to_8_bits<S: Simd>(row: RoundRow<'_>) {
                 continue;
             }
             let divisor = S::splat(scale.to_f32());
-            for half in 0..2 {
-                let rounded = whole::<S>(S::div(halves[half], divisor), -127.0, 127.0);
-                S::store_int8(quants.as_mut_ptr().add(half * LANES), rounded);
+            for part in 0..GROUP_8 / LANES {
+                let values = S::load(values.as_ptr().add(part * LANES));
+                let rounded = whole::<S>(S::div(values, divisor), -127.0, 127.0);
+                S::store_int8(quants.as_mut_ptr().add(part * LANES), rounded);
             }
         }
     }
@@ -61,7 +69,7 @@ pub(super) unsafe fn round_to_8_bits<S: Simd>(row: RoundRow<'_>) {
 /// The CPU has the features of `S`.
 #[inline(always)]
 pub(super) unsafe fn round_to_4_bits<S: Simd>(row: RoundRow<'_>) {
-    let groups = row.values.chunks_exact(GROUP).zip(row.quants.chunks_exact_mut(GROUP));
+    let groups = row.values.chunks_exact(GROUP_4).zip(row.quants.chunks_exact_mut(GROUP_4));
     for ((values, quants), to) in groups.zip(row.scales) {
         *to = bf16::ZERO;
         quants.fill(0);

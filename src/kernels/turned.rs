@@ -13,7 +13,7 @@ use half::{bf16, f16};
 
 use super::{
     Kernels,
-    panels::{GROUP, PackedWeight, WeightForm},
+    panels::{PackedWeight, WeightForm},
     pool::for_each_task,
     product::{PanelTile, SUM_BLOCK},
     row_tiles::with_row_tiles,
@@ -265,7 +265,7 @@ unsafe fn scaled<S: Simd>(
     lines: [S::B; 4],
     offset: f32,
 ) -> [S::V; LANES] {
-    let at = (row / LANES * weight.groups() + term / GROUP) * LANES;
+    let at = (row / LANES * weight.groups() + term / weight.form().group()) * LANES;
     // SAFETY: by contract; there are sixteen scales for each panel and group.
     unsafe {
         let scale = S::load_bf16(weight.scales.as_ptr().cast::<bf16>().add(at));

@@ -4,6 +4,7 @@ use candle_core::Tensor;
 
 use super::{
     Delta, DeltaRows, Dropout, ModelConfig, ModelError, Projected, Projection, Site,
+    inside::Inside,
     kv_cache::attention_shape,
     norm::{Norms, maybe, maybe_heads},
     step::Layout,
@@ -12,13 +13,13 @@ use super::{
 use crate::kernels::{AttentionShape, KvSide};
 use crate::ops::{
     adapted_linear::adapted_linear,
-    add::add,
     attention::{attention, paged_attention, write_cache},
-    gated_mlp::{Activation, gated_mul},
+    gated_mlp::Activation,
+    in_place::{add, gated_mul, rope},
     linear::linear,
     lora::{LoraPart, add_in_place},
     profile::{self, Op},
-    rope::{Angles, rope},
+    rope::Angles,
     served::{self, ServedProjection},
     weight::Weight,
 };
@@ -88,32 +89,50 @@ impl Layer {
         x: &Tensor,
         context: &LayerContext<'_>,
     ) -> Result<Tensor, ModelError> {
+        Ok(self.forward_with_inside(x, context)?.0)
+    }
+
+    /// [`Self::forward`], and what was computed on the way.
+    pub(super) fn forward_with_inside(
+        &self,
+        x: &Tensor,
+        context: &LayerContext<'_>,
+    ) -> Result<(Tensor, Inside), ModelError> {
         // 1. Queries, keys and values of the normed input.
-        let normed = self.norms.attention_input.forward(x)?;
+        let attention_input = self.norms.attention_input.forward(x)?;
         let [q, k, v] =
-            self.project([Projection::Q, Projection::K, Projection::V], &normed, context)?;
+            self.project([Projection::Q, Projection::K, Projection::V], &attention_input, context)?;
         let q = maybe_heads(self.norms.query.as_ref(), q)?;
         let k = maybe_heads(self.norms.key.as_ref(), k)?;
         // 2. Positions.
-        let (q, k) = (rope(&q, context.angles)?, rope(&k, context.angles)?);
+        let rotated_q = rope(q.clone(), context.angles)?;
+        let rotated_k = rope(k.clone(), context.angles)?;
         // 3. Attention, within the sequences or over the cache.
         let attended = match context.layout {
-            Layout::Whole(sequences) => attention(&q, &k, &v, self.shape, sequences)?,
+            Layout::Whole(sequences) => {
+                attention(&rotated_q, &rotated_k, &v, self.shape, sequences)?
+            }
             Layout::Paged { cache, slots, spans } => {
                 let (keys, values) = &cache.layers[self.index];
-                write_cache(keys, KvSide::Keys, &k, self.shape, slots)?;
+                write_cache(keys, KvSide::Keys, &rotated_k, self.shape, slots)?;
                 write_cache(values, KvSide::Values, &v, self.shape, slots)?;
-                paged_attention(&q, (keys, values), self.shape, spans)?
+                paged_attention(&rotated_q, (keys, values), self.shape, spans)?
             }
         };
         let [attended] = self.project([Projection::O], &attended, context)?;
-        let x = add(x, &maybe(self.norms.attention_output.as_ref(), attended)?)?;
+        let attended = maybe(self.norms.attention_output.as_ref(), attended)?;
+        let middle = add(x, attended.clone())?;
         // 4. The gated feed-forward of the normed sum.
-        let normed = self.norms.mlp_input.forward(&x)?;
-        let [gate, up] = self.project([Projection::Gate, Projection::Up], &normed, context)?;
-        let gated = gated_mul(self.activation, &gate, &up)?;
+        let mlp_input = self.norms.mlp_input.forward(&middle)?;
+        let [gate, up] = self.project([Projection::Gate, Projection::Up], &mlp_input, context)?;
+        let gated = gated_mul(self.activation, gate.clone(), &up)?;
         let [down] = self.project([Projection::Down], &gated, context)?;
-        Ok(add(&x, &maybe(self.norms.mlp_output.as_ref(), down)?)?)
+        let down = maybe(self.norms.mlp_output.as_ref(), down)?;
+        let out = add(&middle, down.clone())?;
+        let x = x.clone();
+        let inside =
+            Inside { x, attention_input, q, k, attended, middle, mlp_input, gate, up, gated, down };
+        Ok((out, inside))
     }
 
     /// The outputs of projections of one input.

@@ -1,17 +1,20 @@
 //! The forward pass for training: cut between the layers, so that its backward pass holds the graph of
 //! one layer at a time, and forgets each as soon as it is done with it.
 //!
-//! The layers are those of [`Decoder::hidden`]. With [`Recompute::Block`] a layer's graph is not even kept
-//! until then, but made again from the layer's input (Chen et al. 2016,
-//! <https://arxiv.org/abs/1604.06174>). What a layer computes depends on its input alone, masks of
-//! dropout included, so the gradients are the same bits.
+//! The layers are those of [`Decoder::hidden`]. Until its turn comes, a layer's graph lacks the values that
+//! [`Inside`] takes and makes again. With [`Recompute::Block`] the graph is not even kept until then, but made
+//! again from the layer's input (Chen et al. 2016, <https://arxiv.org/abs/1604.06174>). What a layer computes
+//! depends on its input alone, masks of dropout included, so the gradients are the same bits.
 
 use std::{ops::Range, sync::Arc};
 
 use candle_core::{Tensor, Var, backprop::GradStore};
 
-use super::{Decoder, DeltaRows, Dropout, ModelError, Step, layer::LayerContext, step::Layout};
-use crate::ops::{rope::Angles, seed::backward_from};
+use super::{
+    Decoder, DeltaRows, Dropout, ModelError, Step, inside::Inside, layer::LayerContext,
+    step::Layout,
+};
+use crate::ops::{rope::Angles, seed::backward_from, values::take};
 
 /// What a training pass computes again in its backward pass instead of keeping it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,8 +43,8 @@ pub struct LayeredPass<'a> {
 struct LayerPass {
     /// Cut off from the layer before.
     input: Tensor,
-    /// With the graph from `input` to here, unless that is to be made again.
-    output: Option<Tensor>,
+    /// The end of the graph that begins at `input`, and what is inside, unless that is to be made again.
+    graph: Option<(Tensor, Inside)>,
 }
 
 impl Decoder {
@@ -70,10 +73,14 @@ impl Decoder {
         };
         for index in 0..self.layers.len() {
             let input = pass.last.clone();
-            let output = pass.layer(index, &input)?;
+            let (output, inside) = pass.layer(index, &input)?;
             pass.last = leaf(&output)?;
-            let output = (recompute == Recompute::None).then_some(output);
-            pass.layers.push(LayerPass { input, output });
+            let mut graph = None;
+            if recompute == Recompute::None && output.track_op() {
+                inside.let_go()?;
+                graph = Some((output, inside));
+            }
+            pass.layers.push(LayerPass { input, graph });
         }
         Ok(pass)
     }
@@ -115,10 +122,13 @@ impl LayeredPass<'_> {
             // Below the first trained layer nothing is tracked.
             let gradient = gradients.remove(&next).filter(|_| next.track_op());
             let Some(gradient) = gradient else { return Ok(gradients) };
-            let Some(LayerPass { input, output }) = self.layers.pop() else { break };
-            let output = match output {
-                Some(output) => output,
-                None => self.layer(index, &input)?,
+            let Some(LayerPass { input, graph }) = self.layers.pop() else { break };
+            let output = match graph {
+                Some((output, inside)) => {
+                    inside.restore(&self.decoder.layers[index])?;
+                    output
+                }
+                None => self.layer(index, &input)?.0,
             };
             gradients.extend(backward_from(&output, gradient)?)?;
             next = input;
@@ -131,7 +141,7 @@ impl LayeredPass<'_> {
         Ok(gradients)
     }
 
-    fn layer(&self, index: usize, input: &Tensor) -> Result<Tensor, ModelError> {
+    fn layer(&self, index: usize, input: &Tensor) -> Result<(Tensor, Inside), ModelError> {
         let layout = Layout::Whole(Arc::clone(&self.sequences));
         let context = LayerContext {
             angles: &self.angles,
@@ -139,14 +149,15 @@ impl LayeredPass<'_> {
             deltas: &self.deltas,
             dropout: self.dropout,
         };
-        self.decoder.layers[index].forward(input, &context)
+        self.decoder.layers[index].forward_with_inside(input, &context)
     }
 }
 
-/// The same values as the beginning of a graph of their own, where they are tracked at all.
+/// The values of `x` as the beginning of a graph of their own, where they are tracked at all. They are moved: no
+/// gradient of what made `x` asks for them.
 fn leaf(x: &Tensor) -> Result<Tensor, ModelError> {
     if !x.track_op() {
         return Ok(x.clone());
     }
-    Ok(Var::from_tensor(&x.detach())?.into_inner())
+    Ok(Var::from_vec(take(x)?, x.dims(), x.device())?.into_inner())
 }

@@ -8,6 +8,7 @@ mod config;
 mod decoder;
 mod delta;
 mod error;
+mod inside;
 mod kv_cache;
 mod layer;
 mod layered;

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::kernels::{
     AttentionBackward, AttentionForward, AttentionShape, KvForm, KvPanel, KvPanelMut, KvPanels,
-    KvSide, LANES, QuerySpan, best,
+    KvSide, LANES, QuerySpan, best, buffer,
 };
 
 const NAME: &str = "attention";
@@ -140,7 +140,7 @@ impl CustomOp3 for WholeAttention {
                 block_table,
             })
             .collect();
-        let mut out = vec![0.0; queries.len()];
+        let mut out = buffer(queries.len());
         let panels = KvPanels { keys: KvPanel::F32(&keys), values: KvPanel::F32(&values) };
         AttentionForward { shape: self.shape, panels, queries, spans: &spans }
             .run(best(), &mut out);
@@ -215,7 +215,7 @@ impl CustomOp3 for Paged {
                 block_table: &span.block_table,
             })
             .collect();
-        let mut out = vec![0.0; queries.len()];
+        let mut out = buffer(queries.len());
         AttentionForward { shape: self.shape, panels, queries, spans: &spans }
             .run(best(), &mut out);
         Ok((CpuStorage::F32(out), q_layout.shape().clone()))

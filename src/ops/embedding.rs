@@ -9,8 +9,11 @@ use super::{
     storage::{f32_slice, mismatch, tensor, with_f32},
     weight::Weight,
 };
+use crate::kernels::{buffer, for_each_rows};
 
 const NAME: &str = "embedding";
+/// Multiply-adds that an element from a panel is worth.
+const WORK: usize = 8;
 
 /// `table [vocab, hidden]`, ids -> `[ids.len(), hidden]`, f32. A plain table receives a gradient.
 ///
@@ -25,10 +28,12 @@ pub fn embedding(table: &Weight, ids: &[u32]) -> Result<Tensor> {
     match table {
         Weight::Plain(table) => table.contiguous()?.apply_op1(Embedding { ids: ids.into() }),
         Weight::Packed(table) => {
-            let mut out = vec![0.0; ids.len() * hidden];
-            for (id, row) in ids.iter().zip(out.chunks_exact_mut(hidden)) {
-                table.row(*id as usize, row);
-            }
+            let mut out = buffer(ids.len() * hidden);
+            for_each_rows(&mut out, hidden, hidden * WORK, |first, rows| {
+                for (id, row) in ids[first..].iter().zip(rows.chunks_exact_mut(hidden)) {
+                    table.row(*id as usize, row);
+                }
+            });
             tensor(out, (ids.len(), hidden))
         }
     }

@@ -7,11 +7,11 @@ use super::{
     profile::{Op, time},
     storage::{f32_slice, mismatch, tensor, with_f32},
 };
-use crate::kernels::{best, for_each_rows, for_each_rows_of_two};
+use crate::kernels::{best, buffer, for_each_rows, for_each_rows_of_two};
 
 const NAME: &str = "gated_mul";
 /// Multiply-adds that an element's exponential is worth.
-const WORK: usize = 8;
+pub(super) const WORK: usize = 8;
 
 /// What a gate goes through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,7 +59,7 @@ impl CustomOp2 for GatedMul {
         if gate.len() != up.len() {
             return Err(mismatch(NAME, "gate and up differ in shape"));
         }
-        let mut out = vec![0.0; gate.len()];
+        let mut out = buffer(gate.len());
         for_each_rows(&mut out, 1, WORK, |start, out| {
             let range = start..start + out.len();
             let (gate, up) = (&gate[range.clone()], &up[range]);

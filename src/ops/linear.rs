@@ -8,7 +8,7 @@ use super::{
     storage::{f32_slice, mismatch, tensor, with_f32},
     weight::Weight,
 };
-use crate::kernels::{self, MatmulJob, PackedWeight, best};
+use crate::kernels::{self, MatmulJob, PackedWeight, best, buffer};
 
 const NAME: &str = "linear";
 
@@ -71,7 +71,7 @@ impl CustomOp1 for FrozenLinear {
         let x = f32_slice(x, layout, NAME)?;
         let [out_features, _] = self.weight.shape();
         let rows = layout.shape().dims2()?.0;
-        let mut out = vec![0.0; rows * out_features];
+        let mut out = buffer(rows * out_features);
         match &self.bias {
             None => self.weight.linear(best(), x, None, &mut out),
             Some(bias) => with_f32(bias, NAME, |bias| {
@@ -112,7 +112,7 @@ impl CustomOp2 for TrainableLinear {
         let (out_features, in_features) = weight_layout.shape().dims2()?;
         let rows = x_layout.shape().dims2()?.0;
         let (x, weight) = (f32_slice(x, x_layout, NAME)?, f32_slice(weight, weight_layout, NAME)?);
-        let mut out = vec![0.0; rows * out_features];
+        let mut out = buffer(rows * out_features);
         kernels::linear(best(), x, weight, in_features, &mut out);
         Ok((CpuStorage::F32(out), (rows, out_features).into()))
     }

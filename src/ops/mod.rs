@@ -16,6 +16,7 @@ pub mod dora;
 pub mod dropout;
 pub mod embedding;
 pub mod gated_mlp;
+pub mod in_place;
 pub mod linear;
 pub mod lora;
 pub mod lora_dtype;
@@ -29,6 +30,7 @@ pub mod seed;
 pub mod served;
 pub mod soft_cap;
 pub mod storage;
+pub mod values;
 pub mod weight;
 
-pub use crate::kernels::release_freed_memory;
+pub use crate::kernels::{keep_freed_memory, release_freed_memory};

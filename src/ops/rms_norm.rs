@@ -6,7 +6,7 @@ use super::{
     profile::{Op, time},
     storage::{f32_slice, mismatch, tensor, with_f32},
 };
-use crate::kernels::{RmsNormGradient, best, for_each_rows};
+use crate::kernels::{RmsNormGradient, best, buffer, for_each_rows};
 
 const NAME: &str = "rms_norm";
 
@@ -42,7 +42,7 @@ impl CustomOp2 for RmsNorm {
         if x_layout.dims().last() != Some(&size) {
             return Err(mismatch(NAME, &format!("x {:?}, weight of {size}", x_layout.dims())));
         }
-        let mut out = vec![0.0; x.len()];
+        let mut out = buffer(x.len());
         for_each_rows(&mut out, size, 4 * size, |first, out| {
             let x = x[first * size..].chunks_exact(size);
             for (out, x) in out.chunks_exact_mut(size).zip(x) {

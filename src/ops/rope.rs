@@ -63,24 +63,7 @@ impl CustomOp1 for Rope {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let mut out = f32_slice(storage, layout, NAME)?.to_vec();
-        let (rows, width) = layout.shape().dims2()?;
-        let half = self.angles.half;
-        if self.angles.cos.len() != rows * half || width % (2 * half) != 0 {
-            return Err(mismatch(NAME, &format!("x [{rows}, {width}], half a head is {half}")));
-        }
-        for_each_rows(&mut out, width, 4 * width, |first, out| {
-            for (index, row) in out.chunks_exact_mut(width).enumerate() {
-                let angle = (first + index) * half..(first + index + 1) * half;
-                let (cos, sin) = (&self.angles.cos[angle.clone()], &self.angles.sin[angle]);
-                for head in row.chunks_exact_mut(2 * half) {
-                    let (left, right) = head.split_at_mut(half);
-                    for (((l, r), cos), sin) in left.iter_mut().zip(right).zip(cos).zip(sin) {
-                        let sin = sin * self.direction;
-                        (*l, *r) = (*l * cos - *r * sin, *r * cos + *l * sin);
-                    }
-                }
-            }
-        });
+        rotate(&mut out, layout.shape().dims2()?, &self.angles, self.direction)?;
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 
@@ -88,4 +71,31 @@ impl CustomOp1 for Rope {
         let inverse = Self { angles: self.angles.clone(), direction: -self.direction };
         Ok(Some(grad.contiguous()?.apply_op1_no_bwd(&inverse)?))
     }
+}
+
+/// Rotates every head of `[rows, width]` by the angles, or by the opposite ones for a `direction` of -1.
+pub(super) fn rotate(
+    x: &mut [f32],
+    (rows, width): (usize, usize),
+    angles: &Angles,
+    direction: f32,
+) -> Result<()> {
+    let half = angles.half;
+    if angles.cos.len() != rows * half || width % (2 * half) != 0 {
+        return Err(mismatch(NAME, &format!("x [{rows}, {width}], half a head is {half}")));
+    }
+    for_each_rows(x, width, 4 * width, |first, x| {
+        for (index, row) in x.chunks_exact_mut(width).enumerate() {
+            let angle = (first + index) * half..(first + index + 1) * half;
+            let (cos, sin) = (&angles.cos[angle.clone()], &angles.sin[angle]);
+            for head in row.chunks_exact_mut(2 * half) {
+                let (left, right) = head.split_at_mut(half);
+                for (((l, r), cos), sin) in left.iter_mut().zip(right).zip(cos).zip(sin) {
+                    let sin = sin * direction;
+                    (*l, *r) = (*l * cos - *r * sin, *r * cos + *l * sin);
+                }
+            }
+        }
+    });
+    Ok(())
 }

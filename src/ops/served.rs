@@ -11,7 +11,7 @@ use super::{
     profile::{self, Op, time},
     storage::{mismatch, tensor, with_f32},
 };
-use crate::kernels::{Additions, LoraTarget, PackedWeight, best};
+use crate::kernels::{Additions, LoraTarget, PackedWeight, best, buffer};
 
 const NAME: &str = "projections";
 
@@ -46,7 +46,7 @@ pub fn projections(x: &Tensor, served: &[ServedProjection<'_>], op: Op) -> Resul
         }
     }
     let mut outputs: Vec<_> =
-        served.iter().map(|served| vec![0.0; rows * served.weight.shape()[0]]).collect();
+        served.iter().map(|served| buffer(rows * served.weight.shape()[0])).collect();
     let biases = served.iter().map(|served| served.bias.map(Tensor::to_vec1::<f32>).transpose());
     let biases = biases.collect::<Result<Vec<_>>>()?;
     with_f32(x, NAME, |x| {

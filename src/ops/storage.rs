@@ -15,7 +15,20 @@ pub(super) fn f32_slice<'a>(
     layout: &Layout,
     op: &'static str,
 ) -> Result<&'a [f32]> {
-    Ok(&storage.as_slice::<f32>()?[range(layout, op)?])
+    whole_slice(storage, layout, op)
+}
+
+/// The same, to be written.
+pub(super) fn f32_slice_mut<'a>(
+    storage: &'a mut CpuStorage,
+    layout: &Layout,
+    op: &'static str,
+) -> Result<&'a mut [f32]> {
+    #[allow(clippy::wildcard_enum_match_arm, reason = "many dtypes are not f32")]
+    match storage {
+        CpuStorage::F32(values) => Ok(&mut values[range(layout, op)?]),
+        _ => Err(mismatch(op, "the input is not f32")),
+    }
 }
 
 /// The elements of a contiguous CPU tensor of any dtype.
@@ -24,7 +37,8 @@ pub(super) fn whole_slice<'a, T: candle_core::WithDType>(
     layout: &Layout,
     op: &'static str,
 ) -> Result<&'a [T]> {
-    Ok(&storage.as_slice::<T>()?[range(layout, op)?])
+    let values = storage.as_slice::<T>()?.get(range(layout, op)?);
+    values.ok_or_else(|| mismatch(op, "the values of an input were let go of"))
 }
 
 /// Runs `body` on the f32 elements of a tensor, where they are. `op` is for the message.

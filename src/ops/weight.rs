@@ -17,7 +17,7 @@ pub enum Precision {
     Exact,
     /// In bf16, and so the inputs of their products.
     Bf16,
-    /// 8 bits and a scale for each 32 weights.
+    /// 8 bits and a scale for each 64 weights.
     Int8,
     /// 4 bits and a scale for each 32 weights.
     Int4,

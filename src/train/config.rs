@@ -1,21 +1,25 @@
 //! What a training run is asked to do, checked once at the door.
 
 mod check;
+mod choices;
+mod derived;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt,
     path::PathBuf,
 };
 
-use candle_core::DType;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::{Packing, TrainError};
-use crate::adapters::LoraConfig;
-use crate::data::{Columns, LossOn, Sources};
-use crate::model::{Projection, Quantization, Recompute};
+use super::Packing;
+use crate::data::{Columns, Sources};
+use crate::model::Quantization;
+
+pub use choices::{
+    LossTokens, Method, NewTokens, Objective, PairLoss, RecomputeChoice, ScheduleKind, Targets,
+    WeightDtype,
+};
 
 /// Everything a run can be told. The keys of a YAML file and the flags have these names.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -175,113 +179,6 @@ pub struct TrainConfig {
     pub given: BTreeSet<String>,
 }
 
-/// What is trained.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Method {
-    /// A LoRA adapter over the frozen base.
-    Lora,
-    /// Every weight; from random ones where the model folder has none.
-    Full,
-}
-
-/// What the loss is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Objective {
-    /// Supervised: the negative log-likelihood of the trained tokens.
-    Sft,
-    /// Direct preference optimization: that preferred answers gain on the others, compared with the
-    /// adapter at the start.
-    Dpo,
-    /// Odds-ratio preference optimization: the likelihood of the preferred answers, and that their odds
-    /// are better than the others'.
-    Orpo,
-}
-
-impl Objective {
-    /// Whether its rows are pairs of answers.
-    #[must_use]
-    pub fn wants_pairs(self) -> bool {
-        self != Self::Sft
-    }
-}
-
-/// The loss of a pair's margin.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum PairLoss {
-    /// `-log sigmoid`; with smoothed labels conservative DPO.
-    Sigmoid,
-    /// With smoothed labels robust DPO, which is unbiased where so many labels are wrong.
-    Robust,
-}
-
-/// What of a layer is computed again in the backward pass. The numbers are the same.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum RecomputeChoice {
-    /// Whatever the memory asks for; nothing where nobody has looked.
-    Auto,
-    /// Nothing: fastest.
-    None,
-    /// Everything: a layer's activations live only while it is passed.
-    Block,
-}
-
-impl From<RecomputeChoice> for Recompute {
-    fn from(choice: RecomputeChoice) -> Self {
-        match choice {
-            RecomputeChoice::Auto | RecomputeChoice::None => Self::None,
-            RecomputeChoice::Block => Self::Block,
-        }
-    }
-}
-
-/// How the learning rate changes after the warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ScheduleKind {
-    /// Down to 0 in a line.
-    Linear,
-    /// Down to 0 along half a cosine.
-    Cosine,
-    /// Not at all.
-    Constant,
-}
-
-/// `loss_on` of a configuration file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LossTokens {
-    /// The tokens of the assistant's messages (or of the completion).
-    Assistant,
-    /// Every token but the first.
-    All,
-    /// The completion where a row names one, else every token.
-    Auto,
-}
-
-/// Number format of a written model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum WeightDtype {
-    /// 32-bit floats.
-    F32,
-    /// bfloat16.
-    Bf16,
-}
-
-/// New tokens, or one file that has them: a list or a text with commas.
-#[derive(Debug, Clone, PartialEq, Default, Serialize)]
-#[serde(transparent)]
-pub struct NewTokens(pub Vec<String>);
-
-/// Projections named by the user: `all-linear`, one name or a list.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(transparent)]
-pub struct Targets(pub Vec<String>);
-
 impl Default for TrainConfig {
     fn default() -> Self {
         Self {
@@ -360,219 +257,6 @@ impl Default for TrainConfig {
             overwrite: false,
             keep_work: false,
             given: BTreeSet::new(),
-        }
-    }
-}
-
-/// Keys that change neither the numbers nor the published weights; a resumed run may change them.
-const FREE_KEYS: &[&str] = &[
-    "model",
-    "data",
-    "valid",
-    "columns",
-    "text_column",
-    "output",
-    "init_adapter",
-    "eval_every",
-    "valid_batch",
-    "eval_generate",
-    "samples",
-    "epoch_dir",
-    "keep_epochs",
-    "early_stopping_patience",
-    "early_stopping_threshold",
-    "keep_last",
-    "sweep",
-    "sweep_halving",
-    "spike_steps",
-    "stop_on_spike",
-    "parity_examples",
-    "checkpoint_every",
-    "checkpoint_seconds",
-    "time_limit",
-    "recompute",
-    "threads",
-    "resume",
-    "overwrite",
-    "keep_work",
-];
-
-impl TrainConfig {
-    /// Checks every value.
-    ///
-    /// # Errors
-    /// [`TrainError::Config`] with the first key that cannot be used, its value and what it may be.
-    pub fn validate(&self) -> Result<(), TrainError> {
-        let unit = 0.0..1.0;
-        require(!self.model.is_empty(), "model", &"", "a model folder")?;
-        require(!self.data.is_empty(), "data", &"", "a file of rows")?;
-        for source in &self.data.0 {
-            let weight = source.weight;
-            require(weight.is_finite() && weight > 0.0, "weight", &weight, "above 0")?;
-        }
-        require(!self.output.as_os_str().is_empty(), "output", &"", "a folder to write")?;
-        require(self.rank > 0, "rank", &self.rank, "at least 1")?;
-        require(self.alpha.is_finite() && self.alpha > 0.0, "alpha", &self.alpha, "above 0")?;
-        require(unit.contains(&self.dropout), "dropout", &self.dropout, "0 to below 1")?;
-        let lr = self.lr.unwrap_or(1.0);
-        require(lr.is_finite() && lr >= 0.0, "lr", &lr, "0 or more")?;
-        let ratio = self.warmup_ratio;
-        require((0.0..=1.0).contains(&ratio), "warmup_ratio", &ratio, "0 to 1")?;
-        let epochs = self.epochs;
-        require(epochs.is_finite() && epochs > 0.0, "epochs", &epochs, "above 0")?;
-        require(self.max_steps != Some(0), "max_steps", &0, "at least 1")?;
-        require(self.batch_size > 0, "batch_size", &self.batch_size, "at least 1")?;
-        let tokens = self.micro_batch_tokens;
-        require(tokens > 0, "micro_batch_tokens", &tokens, "at least 1")?;
-        require(self.grad_clip >= 0.0, "grad_clip", &self.grad_clip, "0 or more")?;
-        let decay = self.weight_decay;
-        require(decay.is_finite() && decay >= 0.0, "weight_decay", &decay, "0 or more")?;
-        require(unit.contains(&self.beta1), "beta1", &self.beta1, "0 to below 1")?;
-        require(unit.contains(&self.beta2), "beta2", &self.beta2, "0 to below 1")?;
-        require(self.max_length >= 2, "max_length", &self.max_length, "at least 2")?;
-        require(self.checkpoint_every > 0, "checkpoint_every", &0, "at least 1")?;
-        let minutes = self.time_limit.unwrap_or(1.0);
-        require(minutes.is_finite() && minutes > 0.0, "time_limit", &minutes, "above 0")?;
-        require(self.threads != Some(0), "threads", &0, "at least 1")?;
-        require(self.valid_batch != Some(0), "valid_batch", &0, "at least 1")?;
-        require(self.keep_epochs > 0, "keep_epochs", &0, "at least 1")?;
-        self.check_objective()?;
-        self.check_choice()?;
-        self.targets.projections()?;
-        let adapter_only = self.method == Method::Lora || self.init_adapter.is_none();
-        require(adapter_only, "init_adapter", &"set", "unset with method full")?;
-        let own_rows = !self.modules_to_save.is_empty() || !self.train_tokens.is_empty();
-        let value = "modules_to_save or train_tokens";
-        let trained = self.method == Method::Lora || !own_rows;
-        require(trained, "method", &value, "lora where single tables are trained")?;
-        let exact_only = self.method == Method::Lora || self.quantize == Quantization::None;
-        require(exact_only, "quantize", &self.quantize, "none with method full")
-    }
-
-    /// The tokens that count in an example: of a pair always those of the answers. That `orpo` with
-    /// `loss_on: all` counts the preferred answers' prompts as well is the objective's to know.
-    #[must_use]
-    pub fn encoded_tokens(&self) -> LossOn {
-        if self.objective.wants_pairs() { LossOn::Assistant } else { self.loss_on.into() }
-    }
-
-    /// The peak learning rate: as given, else 2e-4 for LoRA (5e-5 with preferences), 2e-5 for all
-    /// weights of a trained model and 1e-3 from random ones.
-    #[must_use]
-    pub fn learning_rate(&self, from_random: bool) -> f64 {
-        let default = match self.method {
-            Method::Lora if self.objective.wants_pairs() => 5e-5,
-            Method::Lora => 2e-4,
-            Method::Full if from_random => 1e-3,
-            Method::Full => 2e-5,
-        };
-        self.lr.unwrap_or(default)
-    }
-
-    /// The fresh adapter that is asked for.
-    ///
-    /// # Errors
-    /// [`TrainError::Config`] for a target that is no projection.
-    pub fn lora(&self) -> Result<LoraConfig, TrainError> {
-        Ok(LoraConfig {
-            rank: self.rank,
-            alpha: self.alpha,
-            dropout: self.dropout,
-            targets: self.targets.projections()?,
-            use_rslora: self.rslora,
-            variant: self.variant.clone(),
-            rank_pattern: self.rank_pattern.clone(),
-            alpha_pattern: self.alpha_pattern.clone(),
-            layers: self.layers.clone(),
-            exclude: self.exclude.clone(),
-            modules_to_save: self.modules_to_save.clone(),
-            ensure_weight_tying: self.ensure_weight_tying,
-            token_ids: self.train_tokens.clone(),
-            token_starts: self.token_starts.clone(),
-        })
-    }
-
-    /// The keys and values that decide the numbers of the run. A run resumes only where they are
-    /// the same.
-    #[must_use]
-    pub fn recipe(&self) -> Map<String, Value> {
-        let all = serde_json::to_value(self).expect("a plain struct is always JSON");
-        let Value::Object(mut all) = all else { unreachable!("a struct is a JSON object") };
-        all.retain(|key, _| !FREE_KEYS.contains(&key.as_str()));
-        all
-    }
-}
-
-fn require(
-    holds: bool,
-    key: &'static str,
-    value: &dyn fmt::Debug,
-    allowed: &'static str,
-) -> Result<(), TrainError> {
-    let error = || TrainError::Config { key, value: format!("{value:?}"), allowed };
-    holds.then_some(()).ok_or_else(error)
-}
-
-impl Targets {
-    /// The projections meant, in the order of the forward pass.
-    ///
-    /// # Errors
-    /// [`TrainError::Config`] for a name that is no projection, or an empty list.
-    pub fn projections(&self) -> Result<Vec<Projection>, TrainError> {
-        const ALLOWED: &str = "all-linear, or a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj";
-        if self.0.iter().any(|name| name == "all-linear") {
-            return Ok(Projection::ALL.to_vec());
-        }
-        for name in &self.0 {
-            require(Projection::from_name(name).is_some(), "targets", name, ALLOWED)?;
-        }
-        require(!self.0.is_empty(), "targets", &self.0, ALLOWED)?;
-        let named = |p: &Projection| self.0.iter().any(|name| name == p.name());
-        Ok(Projection::ALL.into_iter().filter(named).collect())
-    }
-}
-
-impl<'de> Deserialize<'de> for Targets {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        names(deserializer).map(Self)
-    }
-}
-
-impl<'de> Deserialize<'de> for NewTokens {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        names(deserializer).map(Self)
-    }
-}
-
-/// A list of names, or one string with the names separated by commas.
-fn names<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum OneOrMany {
-        One(String),
-        Many(Vec<String>),
-    }
-    Ok(match OneOrMany::deserialize(deserializer)? {
-        OneOrMany::Many(names) => names,
-        OneOrMany::One(names) => names.split(',').map(|name| name.trim().to_owned()).collect(),
-    })
-}
-
-impl From<LossTokens> for LossOn {
-    fn from(tokens: LossTokens) -> Self {
-        match tokens {
-            LossTokens::Assistant => Self::Assistant,
-            LossTokens::All => Self::All,
-            LossTokens::Auto => Self::Auto,
-        }
-    }
-}
-
-impl From<WeightDtype> for DType {
-    fn from(dtype: WeightDtype) -> Self {
-        match dtype {
-            WeightDtype::F32 => Self::F32,
-            WeightDtype::Bf16 => Self::BF16,
         }
     }
 }

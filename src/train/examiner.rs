@@ -67,7 +67,13 @@ pub trait Examiner {
     /// The adapter cannot be served.
     fn generate(&mut self, candidate: &Candidate<'_>) -> Result<Generated, String>;
 
-    /// Looks at what is about to be published.
+    /// Compares what a server says with `scored`, of what is about to be published before the end.
+    ///
+    /// # Errors
+    /// It must not be published.
+    fn compare(&mut self, candidate: &Candidate<'_>) -> Result<Examination, String>;
+
+    /// Looks at what is about to be published at the end, and compares as well.
     ///
     /// # Errors
     /// It must not be published.

@@ -10,8 +10,12 @@ pub(super) fn last_loss(events: &[TrainEvent]) -> Option<f64> {
     train_points(events).last().map(|&(_, loss)| loss)
 }
 
-/// Whether the losses of the last `steps` steps are all above `factor` times the median of the `window`
-/// steps before them, and were not a step earlier: that median and the newest loss.
+/// So few steps before a spike have a median that says something.
+const MIN_CALM_STEPS: usize = 3;
+
+/// Whether the losses of the last `steps` steps are all above `factor` times the median of the up to
+/// `window` steps before them, and were not a step earlier: that median and the newest loss. At least
+/// three steps must come before.
 pub(super) fn spike(
     events: &[TrainEvent],
     window: usize,
@@ -23,16 +27,16 @@ pub(super) fn spike(
         Some(*loss)
     });
     let newest: Vec<f64> = losses.take(steps + window).collect();
-    if steps == 0 || newest.len() < steps + window {
+    if steps == 0 || newest.len() < steps + MIN_CALM_STEPS {
         return None;
     }
     let (high, before) = newest.split_at(steps);
     let mut sorted = before.to_vec();
     sorted.sort_by(f64::total_cmp);
-    let median = sorted[window / 2];
+    let median = sorted[sorted.len() / 2];
     let limit = factor * median;
-    // Said once, when the last of the steps comes in.
-    let is_new = before.first().is_none_or(|loss| *loss <= limit);
+    // Said once: when the last of the steps comes in, or at the first step at which it can be said.
+    let is_new = before[0] <= limit || before.len() == MIN_CALM_STEPS;
     (is_new && high.iter().all(|loss| *loss > limit)).then_some((median, high[0]))
 }
 
@@ -328,6 +332,10 @@ mod tests {
         assert_eq!(told(&[&calm[..], &[3.5, 3.5, 3.5, 3.5, 3.5]].concat()), [23]);
         assert_eq!(told(&[&calm[..], &[3.5, 3.5, 1.0, 3.5]].concat()), [0; 0]);
         assert_eq!(told(&[9.0, 9.0, 9.0]), [0; 0], "too few steps to know");
+        // A run may go wrong at once.
+        assert_eq!(told(&[&[2.0; 4][..], &[20.0; 30]].concat()), [7]);
+        assert_eq!(told(&[&[2.0; 2][..], &[20.0; 30]].concat()), [6]);
+        assert_eq!(told(&[&[0.5, 2.0, 2.1][..], &[1.9; 30]].concat()), [0; 0], "one easy row");
     }
 
     #[test]

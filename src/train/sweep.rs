@@ -9,48 +9,26 @@
 //! its turn comes. Who is left behind follows from the validation losses in the candidates' own logs, so a
 //! sweep that was killed needs no memory of its own.
 
+mod candidate;
+mod table;
+
 use std::{
-    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     sync::atomic::AtomicBool,
 };
 
-use serde::Serialize;
-use serde_json::{Map, Value, json};
-
 use super::{
     Base, Outcome, Surroundings, TrainConfig, TrainError, TrainEvent, TrainJob, TrainSummary,
     output,
-    trainer::{Position, Turn, total_steps_of},
+    trainer::{Turn, total_steps_of},
 };
 use crate::publish::{disk, publish_dir, publish_file};
+use candidate::{Candidate, UNFINISHED, candidates, wrong};
+use table::{JSON_FILE, TEXT_FILE, add_to_report, table_json, table_text};
 
-/// Settings that leave batches and their order alone.
-const KEYS: &[&str] = &[
-    "lr",
-    "rank",
-    "alpha",
-    "dropout",
-    "targets",
-    "rslora",
-    "schedule",
-    "warmup_steps",
-    "warmup_ratio",
-    "grad_clip",
-    "weight_decay",
-    "beta1",
-    "beta2",
-    "dpo_beta",
-    "dpo_loss",
-    "dpo_label_smoothing",
-    "dpo_sft_weight",
-    "orpo_beta",
-    "label_smoothing",
-    "neftune_alpha",
-];
-const MAX_CANDIDATES: usize = 64;
-const KEYS_ALLOWED: &str = "a setting that leaves the batches alone, such as lr, rank, alpha, dropout, targets, schedule, warmup_ratio or weight_decay";
+pub use candidate::candidate_settings;
+pub use table::SweepRow;
 
 /// The folder of the candidates of the sweep that publishes `output`.
 #[must_use]
@@ -60,33 +38,6 @@ pub fn sweep_dir(output: &Path) -> PathBuf {
     output.with_file_name(name)
 }
 
-/// What a candidate came to.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct SweepRow {
-    /// Its folder in [`sweep_dir`].
-    pub name: String,
-    /// The settings that are its own.
-    pub settings: Map<String, Value>,
-    /// "published" (the best), "finished", "eliminated", "failed" or "unfinished".
-    pub status: &'static str,
-    /// Steps before the validation that counts.
-    pub step: Option<usize>,
-    /// Its loss.
-    pub loss: Option<f64>,
-    /// Share of trained tokens (or pairs) that were right there.
-    pub token_accuracy: Option<f64>,
-    /// Why it has failed.
-    pub error: Option<String>,
-}
-
-impl SweepRow {
-    /// All candidates as text, a line each.
-    #[must_use]
-    pub fn table(rows: &[Self]) -> String {
-        table_text(rows)
-    }
-}
-
 /// What a sweep leaves behind.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SweepSummary {
@@ -94,13 +45,6 @@ pub struct SweepSummary {
     pub summary: TrainSummary,
     /// Every candidate, best first.
     pub rows: Vec<SweepRow>,
-}
-
-/// A candidate on its way.
-struct Candidate {
-    config: TrainConfig,
-    row: SweepRow,
-    summary: Option<TrainSummary>,
 }
 
 /// Trains every candidate of `job` and publishes the best as its output, with all of them in
@@ -158,40 +102,6 @@ pub fn run_sweep(
     publish_best(&config, candidates)
 }
 
-const UNFINISHED: &str = "unfinished";
-
-impl Candidate {
-    /// Takes in where its run is. Returns the summary of a sweep that is asked to stop.
-    fn arrive(
-        &mut self,
-        position: Result<Position, TrainError>,
-    ) -> Result<Option<TrainSummary>, TrainError> {
-        let standing = match position {
-            Ok(Position::Stopped(summary)) => return Ok(Some(summary)),
-            Ok(Position::Waiting(standing)) => standing,
-            Ok(Position::Published(summary, standing)) => {
-                self.summary = Some(summary);
-                standing
-            }
-            // Too high a rate for this one says nothing of the others.
-            Err(
-                error @ (TrainError::NotFinite { .. }
-                | TrainError::NoSlope { .. }
-                | TrainError::LossSpike { .. }),
-            ) => {
-                self.row.status = "failed";
-                self.row.error = Some(error.to_string());
-                return Ok(None);
-            }
-            Err(error) => return Err(error),
-        };
-        self.row.step = standing.map(|standing| standing.step);
-        self.row.loss = standing.map(|standing| standing.loss);
-        self.row.token_accuracy = standing.map(|standing| standing.token_accuracy);
-        Ok(None)
-    }
-}
-
 /// Those of the candidates that are still on their way, beyond the best `keep`. One that is published
 /// already counts as well: it was left behind here before the process was killed, or has ended by itself.
 fn left_behind(candidates: &[Candidate], keep: usize) -> Vec<usize> {
@@ -226,87 +136,6 @@ fn rungs(
     }
     rungs.push((total, num_candidates));
     rungs
-}
-
-/// What the candidates of `config`'s sweep are trained with; one if there is no sweep.
-///
-/// # Errors
-/// Keys that cannot be swept, and values that they cannot have.
-pub fn candidate_settings(config: &TrainConfig) -> Result<Vec<TrainConfig>, TrainError> {
-    Ok(candidates(config)?.into_iter().map(|candidate| candidate.config).collect())
-}
-
-/// Every combination of the swept values, the first key changing slowest.
-fn candidates(config: &TrainConfig) -> Result<Vec<Candidate>, TrainError> {
-    let mut combinations: Vec<Map<String, Value>> = vec![Map::new()];
-    for (key, values) in &config.sweep {
-        if !KEYS.contains(&key.as_str()) {
-            return Err(wrong("sweep", key, KEYS_ALLOWED));
-        }
-        if values.is_empty() {
-            return Err(wrong("sweep", key, "a key with at least one value"));
-        }
-        let with = |before: &Map<String, Value>, value: &Value| {
-            let mut settings = before.clone();
-            settings.insert(key.clone(), value.clone());
-            settings
-        };
-        combinations = (combinations.iter())
-            .flat_map(|before| values.iter().map(move |value| with(before, value)))
-            .collect();
-        if combinations.len() > MAX_CANDIDATES {
-            return Err(wrong("sweep", &combinations.len(), "at most 64 candidates"));
-        }
-    }
-    let mut candidates: Vec<Candidate> = Vec::new();
-    for settings in combinations {
-        let candidate = Candidate::new(config, settings)?;
-        if candidates.iter().any(|other| other.row.name == candidate.row.name) {
-            return Err(wrong("sweep", &candidate.row.name, "named once: its values are repeated"));
-        }
-        candidates.push(candidate);
-    }
-    Ok(candidates)
-}
-
-impl Candidate {
-    fn new(config: &TrainConfig, settings: Map<String, Value>) -> Result<Self, TrainError> {
-        let Value::Object(mut all) =
-            serde_json::to_value(config).expect("a plain struct is always JSON")
-        else {
-            unreachable!("a struct is a JSON object")
-        };
-        all.extend(settings.clone());
-        let own: TrainConfig = serde_json::from_value(Value::Object(all))
-            .map_err(|error| wrong("sweep", &error.to_string(), "values that the keys can have"))?;
-        let name = name(&settings);
-        let given = config.given.iter().chain(settings.keys()).cloned().collect();
-        let own = TrainConfig {
-            given,
-            output: sweep_dir(&config.output).join(&name),
-            sweep: BTreeMap::new(),
-            sweep_halving: false,
-            // Wherever it is, it goes on from there.
-            resume: true,
-            overwrite: false,
-            ..own
-        };
-        own.validate()?;
-        let (step, loss, token_accuracy, error) = (None, None, None, None);
-        let row =
-            SweepRow { name, settings, status: UNFINISHED, step, loss, token_accuracy, error };
-        Ok(Self { config: own, row, summary: None })
-    }
-}
-
-/// A folder's name: `lr-0.0001_rank-8`.
-fn name(settings: &Map<String, Value>) -> String {
-    let part = |(key, value): (&String, &Value)| {
-        let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-        let plain = |c: char| if c.is_ascii_alphanumeric() || ".+-".contains(c) { c } else { '.' };
-        format!("{key}-{}", value.chars().map(plain).collect::<String>())
-    };
-    settings.iter().map(part).collect::<Vec<_>>().join("_")
 }
 
 /// Refuses to touch what nobody said may go. Returns the summary of a sweep that has nothing to do.
@@ -370,61 +199,6 @@ fn publish_best(
     Ok(SweepSummary { summary, rows })
 }
 
-const JSON_FILE: &str = "sweep.json";
-const TEXT_FILE: &str = "sweep.txt";
-
-fn table_json(rows: &[SweepRow]) -> String {
-    let table = json!({ "candidates": rows });
-    serde_json::to_string_pretty(&table).expect("plain data is always JSON") + "\n"
-}
-
-const HEADINGS: [&str; 5] = ["candidate", "valid loss", "accuracy", "after step", "outcome"];
-
-fn cells(row: &SweepRow) -> [String; 5] {
-    let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
-    [
-        row.name.clone(),
-        or_dash(row.loss.map(|loss| format!("{loss:.4}"))),
-        or_dash(row.token_accuracy.map(|share| format!("{:.1} %", share * 100.0))),
-        or_dash(row.step.map(|step| step.to_string())),
-        row.error.clone().unwrap_or_else(|| row.status.to_owned()),
-    ]
-}
-
-/// Columns of even width.
-fn table_text(rows: &[SweepRow]) -> String {
-    let mut lines = vec![HEADINGS.map(str::to_owned)];
-    lines.extend(rows.iter().map(cells));
-    let width = |column: usize| lines.iter().map(|line| line[column].len()).max().unwrap_or(0);
-    let widths = [0, 1, 2, 3, 4].map(width);
-    let line = |line: &[String; 5]| {
-        let padded = line.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
-        padded.collect::<Vec<_>>().join("  ").trim_end().to_owned() + "\n"
-    };
-    lines.iter().map(line).collect()
-}
-
-/// Puts the table at the end of a report, if there is one.
-fn add_to_report(path: &Path, rows: &[SweepRow]) -> Result<(), TrainError> {
-    let Ok(page) = fs::read_to_string(path) else { return Ok(()) };
-    let cell = |tag: &str, text: &str| {
-        let text = text.replace('&', "&amp;").replace('<', "&lt;");
-        format!("<{tag}>{text}</{tag}>")
-    };
-    let line = |tag: &str, line: &[String]| {
-        format!("<tr>{}</tr>\n", line.iter().map(|text| cell(tag, text)).collect::<String>())
-    };
-    let mut table = "<h2>Sweep</h2>\n<div class=\"scroll\"><table class=\"answers\">\n".to_owned();
-    table += &line("th", &HEADINGS.map(str::to_owned));
-    table.extend(rows.iter().map(|row| line("td", &cells(row))));
-    table += "</table></div>\n</main>";
-    Ok(disk::write(path, page.replacen("</main>", &table, 1))?)
-}
-
-fn wrong(key: &'static str, value: &dyn std::fmt::Debug, allowed: &'static str) -> TrainError {
-    TrainError::Config { key, value: format!("{value:?}"), allowed }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -448,36 +222,6 @@ mod tests {
             }
             let halvings = n.next_power_of_two().trailing_zeros() as usize;
             assert!(steps <= 1024 + 512 * halvings + n, "{n} candidates take {steps} steps");
-        }
-    }
-
-    #[test]
-    fn candidates_are_all_combinations_and_wrong_keys_are_named() {
-        let sweep = |keys: Value| TrainConfig {
-            model: "m".to_owned(),
-            data: "d".into(),
-            output: "out/a".into(),
-            sweep: serde_json::from_value(keys).unwrap(),
-            ..TrainConfig::default()
-        };
-        let names = |keys: Value| -> Vec<String> {
-            let all = candidates(&sweep(keys)).unwrap();
-            all.into_iter().map(|candidate| candidate.row.name).collect()
-        };
-        assert_eq!(
-            names(json!({"lr": [1e-4, 2e-4], "rank": [8, 16]})),
-            ["lr-0.0001_rank-8", "lr-0.0001_rank-16", "lr-0.0002_rank-8", "lr-0.0002_rank-16"]
-        );
-        assert_eq!(names(json!({"targets": ["q_proj,v_proj"]})), ["targets-q.proj.v.proj"]);
-        for (keys, wanted) in [
-            (json!({"batch_size": [1, 2]}), "batch_size"),
-            (json!({"lr": []}), "lr"),
-            (json!({"rank": ["many"]}), "invalid"),
-            (json!({"rank": [0]}), "rank"),
-            (json!({"rank": [8, 8]}), "rank-8"),
-        ] {
-            let error = candidates(&sweep(keys)).err().unwrap().to_string();
-            assert!(error.contains(wanted), "{error}");
         }
     }
 }

@@ -220,6 +220,12 @@ fn a_seed_repeats_an_answer_and_its_choices_differ() {
     let choices = whole(&server.chat(&body));
     assert_eq!(whole(&server.chat(&body)), choices);
     assert!(choices[0] != choices[1] && choices[1] != choices[2], "{choices:?}");
+    // A choice has nothing in common with the answers to the seeds beside it, and the first is the only one's.
+    let alone = |seed: i64| {
+        whole(&server.chat(&chat("plain", "hello", json!({"temperature": 1.5, "seed": seed}))))
+    };
+    assert_eq!(alone(11)[0], choices[0]);
+    assert!(!choices.contains(&alone(12)[0]) && !choices.contains(&alone(13)[0]), "{choices:?}");
     let unseeded = chat("plain", "hello", json!({"temperature": 1.5}));
     assert_ne!(server.text(&unseeded), server.text(&unseeded));
 }

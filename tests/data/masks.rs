@@ -8,7 +8,7 @@ use std::{
 use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 use tunesmith::{
-    data::{DataError, Encoder, Example, LossOn, RowBody, RowError, parse_rows},
+    data::{DataError, Encoder, Example, LossOn, RowBody, RowError, RowStats, parse_rows},
     text::{ChatTemplate, Tokenizer},
 };
 
@@ -103,6 +103,9 @@ fn a_row_too_long_keeps_its_start_and_counts_what_it_lost() {
     assert_eq!(cut.tokens, whole.tokens[..max_length]);
     assert_eq!(cut.loss_mask, whole.loss_mask[..max_length]);
     assert_eq!((cut.num_truncated, whole.num_truncated), (5, 0));
+    let one_less = Model { max_length: whole.tokens.len() - 1, ..Model::fixture() }.encode(&row);
+    let stats = RowStats::new(&[], &[one_less, vec![whole, cut]].concat());
+    assert_eq!((stats.num_truncated_rows, stats.num_truncated_tokens), (2, 6));
 }
 
 #[test]

@@ -55,6 +55,15 @@ fn the_same_rows_in_every_container_are_the_same_data() {
         ("rows.csv", csv.as_bytes().to_vec()),
         ("bom.csv", format!("\u{feff}{}", csv.replace("ö\n", "ö\r\n")).into_bytes()),
         ("rows.tsv", tsv.as_bytes().to_vec()),
+        // As a table tool writes them where a comma is part of a number.
+        (
+            "semicolons.csv",
+            b"prompt;completion\n2 + 2 =; 4\n\"a \"\"b\"\",\";\" c\nd\"\n\xc3\xa4; \xc3\xb6\n"
+                .to_vec(),
+        ),
+        ("told.csv", format!("sep=;\r\n{}", tsv.replace('\t', ";")).into_bytes()),
+        ("tabs.csv", tsv.as_bytes().to_vec()),
+        ("quoted.csv", tsv.replace('\t', "|").replace("completion", "\"completion\"").into_bytes()),
         ("rows.jsonl.gz", gzip(lines.as_bytes())),
         ("rows.csv.gz", gzip(csv.as_bytes())),
         // By its bytes, whatever its name.
@@ -81,6 +90,7 @@ fn broken_containers_are_problems_with_a_place() {
         ("windows.csv", b"prompt,completion\r\n\"a\r\nb\",c\r\nd,\r\n", 4, "missing_completion"),
         ("first.csv", b"prompt,completion\r\na,\r\n", 2, "missing_completion"),
         ("blank.csv", b"prompt,completion\n\n\nc,\n", 4, "missing_completion"),
+        ("told.csv", b"sep=;\nprompt;completion\na;b\na;b;c\n", 4, "invalid_csv"),
         ("broken.parquet", b"PAR1 and nothing else", 1, BROKEN_PARQUET),
     ] {
         fs::write(dir.join(name), bytes).unwrap();
@@ -88,6 +98,12 @@ fn broken_containers_are_problems_with_a_place() {
         let found = (&report["errors"][0]["line"], &report["errors"][0]["code"]);
         assert_eq!(found, (&json!(line), &json!(code)), "{name}: {report}");
     }
+    // The text has what the first line did not: whoever reads it sees what was taken for the border.
+    fs::write(dir.join("text.csv"), "prompt;completion\na;b;c\n").unwrap();
+    let message = check(&dir.0, &["text.csv"])["errors"][0]["message"].clone();
+    let expected =
+        "the record has 3 cells, the first line names 2 columns, with semicolons between them";
+    assert_eq!(message, expected);
 }
 
 #[cfg(feature = "parquet")]

@@ -373,3 +373,34 @@ fn blocks_before_the_window_and_positions_after_the_row_are_not_read() {
         }
     }
 }
+
+#[test]
+fn a_prompt_of_keys_and_values_is_written_as_its_rows_are_one_by_one() {
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    let (heads, kv_heads, head_dim, scale) = (6, 3, 40, 0.2);
+    let shape = AttentionShape { heads, kv_heads, head_dim, scale, window: None, soft_cap: None };
+    // Enough of them for several threads.
+    let (count, width) = (700, kv_heads * head_dim);
+    let [keys, values] = [(); 2].map(|()| random(&mut rng, count * width));
+    // Blocks in no order.
+    let num_blocks = count.div_ceil(LANES);
+    let block = |index: usize| (index * 7 + 3) % num_blocks;
+    let slots: Vec<u32> =
+        (0..count).map(|row| (block(row / LANES) * LANES + row % LANES) as u32).collect();
+    for form in KV_FORMS {
+        let mut at_once = Store::new(form, &shape, num_blocks);
+        at_once.write(&shape, &slots, &keys, &values);
+        let mut one_by_one = Store::new(form, &shape, num_blocks);
+        for (row, slot) in slots.iter().enumerate() {
+            let part = row * width..(row + 1) * width;
+            one_by_one.write(&shape, &[*slot], &keys[part.clone()], &values[part]);
+        }
+        let same = match (&at_once, &one_by_one) {
+            (Store::F32(a), Store::F32(b)) => a == b,
+            (Store::Bf16(a), Store::Bf16(b)) => a == b,
+            (Store::Int8(a), Store::Int8(b)) => a == b,
+            _ => unreachable!(),
+        };
+        assert!(same, "{form:?}");
+    }
+}

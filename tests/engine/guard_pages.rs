@@ -84,7 +84,7 @@ fn products_touch_nothing_beside_their_buffers() {
                 let b = PackedWeight::from_f32(WeightForm::Bf16, &vec![0.5; n * n], n);
                 let segment =
                     LoraSegment { rows: 0..rows, a: &a, b: &b, scale: 1.0, factors: None };
-                add_lora(table, x.slice(), &[segment.clone()], (k, n), y.slice());
+                add_lora(table, x.slice(), std::slice::from_ref(&segment), (k, n), y.slice());
                 let segments = vec![LoraSegment { factors: Some(factors.slice()), ..segment }];
                 let target = LoraTarget { out_features: n, bias: Some(bias.slice()), segments };
                 let additions = Additions::new(table, x.slice(), k, vec![target]);

@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tunesmith::kernels::{
-    GROUP, Kernels, LoraOutput, LoraSegment, MatmulJob, PackedWeight, RmsNormGradient, WeightForm,
+    Kernels, LoraOutput, LoraSegment, MatmulJob, PackedWeight, RmsNormGradient, WeightForm,
     add_lora, add_loras, all, best,
 };
 
@@ -314,7 +314,7 @@ proptest! {
                 WeightForm::F32 | WeightForm::F16 | WeightForm::Bf16 => 0.0,
             };
             for (held, row) in rows_of(&weight).chunks(k).zip(w.chunks(k)) {
-                for (held, group) in held.chunks(GROUP).zip(row.chunks(GROUP)) {
+                for (held, group) in held.chunks(form.group()).zip(row.chunks(form.group())) {
                     let greatest = group.iter().fold(0.0_f32, |max, w| max.max(w.abs()));
                     prop_assert!(difference_of(held, group) <= share * greatest, "{form:?}");
                 }

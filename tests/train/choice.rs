@@ -1,19 +1,17 @@
 //! What a run publishes is the best that it has seen, it ends when nothing becomes better, and what it
 //! does at random is repeated by a run that was stopped.
 
-use std::{
-    fs,
-    path::Path,
-    sync::atomic::{AtomicBool, Ordering},
-};
+use std::{fs, path::Path};
 
-use crate::common::{TempDir, fixture};
+use crate::{
+    common::{TempDir, fixture},
+    jobs::{self, run_for, run_to_end, run_until},
+};
 use tunesmith::{
     adapters::AdapterCard,
     data::Example,
     train::{
-        LossTokens, Objective, Outcome, ScheduleKind, TrainConfig, TrainError, TrainEvent,
-        TrainJob, TrainSummary, run, work_dir,
+        LossTokens, Objective, Outcome, ScheduleKind, TrainConfig, TrainEvent, TrainJob, work_dir,
     },
 };
 
@@ -24,7 +22,7 @@ fn rows(count: usize, first: usize, period: usize, pairs: bool) -> Vec<Example> 
         let token = |at: usize| (first + index % 4 * 7 + at % period) as u32;
         let tokens = (0..length).map(token).collect();
         let loss_mask = (0..length).map(|at| at >= length / 2).collect();
-        Example { line: index + 1, tokens, loss_mask, num_truncated: 0, rejected: None }
+        jobs::row(index, tokens, loss_mask)
     };
     let both = |index: usize| {
         let rejected = pairs.then(|| Box::new(row(index, first + 100)));
@@ -36,9 +34,8 @@ fn rows(count: usize, first: usize, period: usize, pairs: bool) -> Vec<Example> 
 /// A run whose validation rows have nothing in common with the training rows, so that their loss goes
 /// down for a while at best.
 fn job(dir: &Path, change: impl FnOnce(&mut TrainConfig)) -> TrainJob {
-    let model_dir = fixture("tiny-llama");
     let mut config = TrainConfig {
-        model: model_dir.display().to_string(),
+        model: fixture("tiny-llama").display().to_string(),
         data: "rows.jsonl".into(),
         output: dir.join("adapter"),
         rank: 4,
@@ -54,28 +51,7 @@ fn job(dir: &Path, change: impl FnOnce(&mut TrainConfig)) -> TrainJob {
     };
     change(&mut config);
     let pairs = config.objective.wants_pairs();
-    let (train, valid) = (rows(16, 20, 4, pairs), rows(4, 30, 5, pairs));
-    TrainJob { config, model_dir, train, valid, sources: Vec::new(), companions: Vec::new() }
-}
-
-fn run_until(
-    job: &TrainJob,
-    stop_after: usize,
-) -> Result<(TrainSummary, Vec<TrainEvent>), TrainError> {
-    let stop = AtomicBool::new(false);
-    let mut events = Vec::new();
-    let mut observer = |event: &TrainEvent| {
-        events.push(event.clone());
-        if matches!(event, TrainEvent::Step { step, .. } if *step == stop_after) {
-            stop.store(true, Ordering::Relaxed);
-        }
-    };
-    let summary = run(job, &mut observer, &stop)?;
-    Ok((summary, events))
-}
-
-fn run_to_end(job: &TrainJob) -> (TrainSummary, Vec<TrainEvent>) {
-    run_until(job, usize::MAX).unwrap()
+    jobs::job(config, rows(16, 20, 4, pairs), rows(4, 30, 5, pairs))
 }
 
 /// Step and loss of the best validation.
@@ -137,7 +113,7 @@ fn a_stopped_run_publishes_the_same_best_even_from_an_older_checkpoint() {
     let (best_step, _) = best(&events);
     for stop_after in [1, best_step - 1, best_step, best_step + 1, best_step + 3, whole.step - 1] {
         let mut again = settings(&format!("stopped-{stop_after}"));
-        let (stopped, _) = run_until(&again, stop_after).unwrap();
+        let stopped = run_for(&again, stop_after);
         assert_eq!(stopped.outcome, Outcome::Stopped);
         let checkpoints = work_dir(&again.config.output).join("checkpoints");
         let mut found: Vec<_> =
@@ -151,6 +127,47 @@ fn a_stopped_run_publishes_the_same_best_even_from_an_older_checkpoint() {
         assert_eq!(resumed.digest, whole.digest, "stopped after step {stop_after}");
         assert_eq!(resumed.best_step, whole.best_step);
     }
+}
+
+#[test]
+fn best_parameters_that_are_not_what_was_written_are_not_published() {
+    let dir = TempDir::new();
+    let mut job = job(&dir.0, |config| {
+        config.keep_best = true;
+        config.early_stopping_patience = Some(3);
+    });
+    let (_, events) = run_to_end(&job);
+    job.config.output = dir.join("again");
+    run_for(&job, best(&events).0 + 1);
+    for entry in fs::read_dir(work_dir(&job.config.output).join("best")).unwrap() {
+        let path = entry.unwrap().path();
+        let mut bytes = fs::read(&path).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        fs::write(&path, bytes).unwrap();
+    }
+    job.config.resume = true;
+    let error = run_until(&job, |_| false).unwrap_err().to_string();
+    assert!(error.contains("is not what was written"), "{error}");
+    assert!(!job.config.output.exists());
+}
+
+#[test]
+fn some_of_the_validation_rows_are_asked_in_rotation() {
+    let dir = TempDir::new();
+    let job = job(&dir.0, |config| {
+        config.lr = Some(0.0);
+        config.max_steps = Some(6);
+        config.eval_every = 1;
+        config.valid_batch = Some(1);
+    });
+    let (_, events) = run_to_end(&job);
+    let part = |event: &TrainEvent| {
+        let TrainEvent::Validated { full: false, loss, .. } = event else { return None };
+        Some(*loss)
+    };
+    let losses: Vec<f64> = events.iter().filter_map(part).collect();
+    assert_eq!((losses.len(), losses[4]), (5, losses[0]), "four rows, one at a time");
+    assert!(losses[1..4].iter().all(|loss| *loss != losses[0]), "{losses:?}");
 }
 
 #[test]
@@ -253,7 +270,7 @@ fn settings_that_need_validation_rows_or_each_other_are_refused_by_name() {
         ),
     ];
     for (job, key) in refused {
-        let error = run_until(&job, usize::MAX).unwrap_err().to_string();
+        let error = run_until(&job, |_| false).unwrap_err().to_string();
         assert!(error.starts_with(key), "{key}: {error}");
         assert!(!job.config.output.exists());
     }

@@ -109,7 +109,7 @@ fn an_autotrain_file_trains_with_its_defaults_and_says_what_it_cannot_do() {
         "params.optimizer: paged_adamw_8bit is AdamW",
         "hub.push_to_hub: nothing is uploaded",
         "params.merge_adapter: the adapter is published; `tunesmith merge`",
-        "params.quantization: the base is not rounded to int4",
+        "params.quantization: the base is rounded as `--quantize int4` does it",
         "without effect here: ",
     ] {
         assert!(text.contains(expected), "{expected:?} is missing in\n{text}");
@@ -118,8 +118,45 @@ fn an_autotrain_file_trains_with_its_defaults_and_says_what_it_cannot_do() {
     // 20 rows in steps of 8: an epoch has three.
     let expected = json!({"rank": 16, "alpha": 32, "dropout": 0.05, "lr": 1e-5, "epochs": 2,
         "batch_size": 8, "loss_on": "all", "warmup_ratio": 0.1, "max_length": 2048,
-        "eval_every": 3, "text_column": "messages"});
+        "eval_every": 3, "text_column": "messages", "quantize": "int4"});
     assert_settings(&settings, &expected);
+}
+
+#[test]
+fn a_base_in_few_bits_is_trained_over_as_either_tool_asks_and_a_flag_wins() {
+    let dir = TempDir::new();
+    let model = fixture("tiny-llama");
+    write_rows(&dir.join("rows/train.jsonl"), &chat_rows(4));
+    let trl = |more: &str| {
+        let model = model.display();
+        format!(
+            "model_name_or_path: {model}\ndataset_name: rows\nuse_peft: true\nmax_steps: 1\n{more}"
+        )
+    };
+    for (name, keys, flags, expected) in [
+        ("four", "load_in_4bit: true", [].as_slice(), "int4"),
+        ("eight", "load_in_8bit: true\nload_in_4bit: false", &[], "int8"),
+        ("flag", "load_in_4bit: true", &["--quantize", "none"], "none"),
+        ("plain", "load_in_4bit: false", &[], "none"),
+    ] {
+        fs::write(dir.join("theirs.yaml"), trl(keys)).unwrap();
+        let all = [&["--config", "theirs.yaml", "--output", name], flags].concat();
+        let output = train(&dir.0, &all);
+        let text = stdout(&output);
+        assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(text.contains("the base is rounded as `--quantize"), keys.contains("bit: true"));
+        assert_eq!(settings(&dir.join(name))["quantize"], expected, "{name}");
+    }
+    for (keys, expected) in [
+        ("load_in_4bit: true\nload_in_8bit: true", "load_in_4bit: the base has one form"),
+        ("load_in_4bit: true\nuse_peft: false", "load_in_4bit: only the base under an adapter"),
+    ] {
+        let yaml =
+            trl(keys).replacen("use_peft: true\n", "", usize::from(keys.contains("use_peft")));
+        fs::write(dir.join("theirs.yaml"), yaml).unwrap();
+        let error = refusal(&train(&dir.0, &["--config", "theirs.yaml", "--output", "out"]));
+        assert!(error.contains(expected), "{error}");
+    }
 }
 
 #[test]

@@ -6,10 +6,12 @@
 
 use std::{fs, path::Path, process::Command, sync::atomic::AtomicBool};
 
-use crate::common::{TempDir, copy_dir, fixture, records::SECOND};
+use crate::{
+    common::{TempDir, copy_dir, fixture, records::SECOND},
+    jobs::{self, row},
+};
 use tunesmith::{
     adapters::LoraAdapter,
-    data::Example,
     model::ModelConfig,
     publish::faults,
     train::{
@@ -21,9 +23,8 @@ use tunesmith::{
 /// A run of six steps, each with an event, with dropout, a checkpoint after every second step, an adapter
 /// after each of three epochs, and the best parameters so far.
 fn job(dir: &Path) -> TrainJob {
-    let model_dir = fixture("tiny-llama");
     let config = TrainConfig {
-        model: model_dir.display().to_string(),
+        model: fixture("tiny-llama").display().to_string(),
         data: "rows.jsonl".into(),
         output: dir.join("adapter"),
         rank: 2,
@@ -40,15 +41,11 @@ fn job(dir: &Path) -> TrainJob {
         overwrite: true,
         ..TrainConfig::default()
     };
-    let example = |index: usize| Example {
-        line: index + 1,
-        tokens: (0..6).map(|at| (20 + index + at % 4) as u32).collect(),
-        loss_mask: vec![true; 6],
-        num_truncated: 0,
-        rejected: None,
+    let example = |index: usize| {
+        let token = |at: usize| (20 + index + at % 4) as u32;
+        row(index, (0..6).map(token).collect(), vec![true; 6])
     };
-    let (train, valid) = ((0..4).map(example).collect(), vec![example(5)]);
-    TrainJob { config, model_dir, train, valid, sources: Vec::new(), companions: Vec::new() }
+    jobs::job(config, (0..4).map(example).collect(), vec![example(5)])
 }
 
 /// Runs to the end or to an error; the steps of the checkpoints that it told of.

@@ -64,6 +64,7 @@ fn a_dry_run_measures_two_steps_after_the_first_and_leaves_nothing_behind() {
         " for 6 steps",
         "memory peak ",
         "an epoch: 10 examples, 200 tokens, 190 of them trained; 10 examples are cut and lose ",
+        "10 rows are cut off at 20 tokens (max_length) and lose ",
         "dry run: nothing is written to out",
     ] {
         assert!(text.contains(expected), "{expected:?} is missing in\n{text}");
@@ -200,10 +201,16 @@ fn a_published_adapter_has_a_report_and_answers_that_it_gave() {
         "<td>say 11</td><td>11 &lt;b&gt;11&lt;/b&gt;</td>",
         "<td>train</td><td>train.jsonl</td><td>10</td>",
         "<td>batch_size</td><td>4</td>",
+        "more, as by default</summary>",
         "differ by at most ",
     ] {
         assert!(page.contains(expected), "{expected:?} is missing in\n{page}");
     }
+    let (set, unset) = page.split_once("<details>").unwrap();
+    assert!(
+        set.contains("<td>batch_size</td>") && unset.contains("<td>weight_decay</td>"),
+        "{page}"
+    );
     assert!(!page.contains("http://") || page.contains("http://www.w3.org"), "nothing is loaded");
     let card: Value =
         serde_json::from_slice(&fs::read(out.join("tunesmith_card.json")).unwrap()).unwrap();
@@ -219,6 +226,22 @@ fn a_published_adapter_has_a_report_and_answers_that_it_gave() {
     assert_eq!(of("parity").len(), 1);
     let generated = of("generated");
     assert_eq!((generated.len(), &generated[0]["num_rows"]), (2, &json!(2)), "{events:?}");
+}
+
+#[test]
+fn an_adapter_that_became_no_number_in_its_last_step_is_not_published() {
+    let dir = TempDir::new();
+    let far = ["--lr", "1e30", "--warmup-ratio", "0", "--batch-size", "100", "--epochs", "1"];
+    let at_the_end = train(&dir.0, &far);
+    let at_an_epoch = train(&dir.0, &[&far[..7], &["2", "--epoch-dir", "epochs"]].concat());
+    for output in [at_the_end, at_an_epoch] {
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            !output.status.success() && error.contains("the adapter after step 1 does not pass: "),
+            "{error}"
+        );
+        assert!(!dir.join("out").exists() && !dir.join("epochs/step-1").exists());
+    }
 }
 
 #[test]

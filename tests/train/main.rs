@@ -5,12 +5,14 @@
 mod common;
 
 mod batches;
+mod chance;
 mod choice;
 mod dialects;
 mod faults;
 mod forecast;
 mod going_on;
 mod gradients;
+mod jobs;
 mod kill;
 mod memory;
 mod numbers;
@@ -18,5 +20,6 @@ mod parity;
 mod run;
 mod service;
 mod sweep;
+mod trace;
 mod trl;
 mod watch;

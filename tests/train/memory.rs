@@ -2,20 +2,14 @@
 //! runs and every method.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test may panic")]
 
-use std::{
-    fs,
-    path::Path,
-    process::Command,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-};
+use std::{fs, path::Path, process::Command, sync::Arc};
 
-use crate::common::{TempDir, fixture};
+use crate::{
+    common::{TempDir, fixture},
+    jobs::{self, patterns, run_for, run_to_end},
+};
 use candle_core::{Device, Tensor, Var};
 use tunesmith::{
-    data::Example,
     model::Quantization,
     ops::{
         adapted_linear::{TrainedLora, adapted_linear},
@@ -25,30 +19,12 @@ use tunesmith::{
     },
     train::{
         Method, Objective, Outcome, Packing, RecomputeChoice, TrainConfig, TrainEvent, TrainJob,
-        TrainSummary, run,
     },
 };
 
-/// Rows that repeat a short pattern, of differing lengths; the second half is trained.
-fn examples(count: usize, first_token: usize) -> Vec<Example> {
-    let example = |index: usize| {
-        let length = 8 + index * 5 % 17;
-        let token = |at: usize| (first_token + index % 5 * 3 + at % 4) as u32;
-        Example {
-            line: index + 1,
-            tokens: (0..length).map(token).collect(),
-            loss_mask: (0..length).map(|at| at >= length / 2).collect(),
-            num_truncated: 0,
-            rejected: None,
-        }
-    };
-    (0..count).map(example).collect()
-}
-
 fn job(dir: &Path, family: &str, change: impl FnOnce(&mut TrainConfig)) -> TrainJob {
-    let model_dir = fixture(family);
     let mut config = TrainConfig {
-        model: model_dir.display().to_string(),
+        model: fixture(family).display().to_string(),
         data: "rows.jsonl".into(),
         output: dir.join("out"),
         rank: 4,
@@ -64,42 +40,25 @@ fn job(dir: &Path, family: &str, change: impl FnOnce(&mut TrainConfig)) -> Train
         ..TrainConfig::default()
     };
     change(&mut config);
-    let mut train = examples(24, 20);
+    let mut train = patterns(24, 20);
     if config.objective == Objective::Dpo {
-        for (example, other) in train.iter_mut().zip(examples(24, 40)) {
+        for (example, other) in train.iter_mut().zip(patterns(24, 40)) {
             example.rejected = Some(Box::new(other));
         }
     }
-    TrainJob {
-        config,
-        model_dir,
-        train,
-        valid: Vec::new(),
-        sources: Vec::new(),
-        companions: Vec::new(),
-    }
-}
-
-/// Runs to the end, or until `steps` are made.
-fn run_for(job: &TrainJob, steps: usize) -> TrainSummary {
-    let stop = AtomicBool::new(false);
-    let mut observer = |event: &TrainEvent| {
-        if matches!(event, TrainEvent::Step { step, .. } if *step == steps) {
-            stop.store(true, Ordering::Relaxed);
-        }
-    };
-    run(job, &mut observer, &stop).unwrap()
+    jobs::job(config, train, Vec::new())
 }
 
 #[test]
 fn recomputing_layers_changes_no_bit_of_what_is_trained() {
     type Change = fn(&mut TrainConfig);
-    let kinds: [(&str, Change); 7] = [
+    let kinds: [(&str, Change); 8] = [
         ("lora with dropout", |_| {}),
         ("two projections, rslora", |config| {
             config.targets.0 = vec!["q_proj".to_owned(), "down_proj".to_owned()];
             config.rslora = true;
         }),
+        ("rows with trained lengths", |config| config.variant = "dora".to_owned()),
         ("preferences", |config| config.objective = Objective::Dpo),
         ("a rounded base", |config| config.quantize = Quantization::Int8),
         ("a base in bf16", |config| config.quantize = Quantization::Bf16),
@@ -109,7 +68,10 @@ fn recomputing_layers_changes_no_bit_of_what_is_trained() {
             config.dropout = 0.0;
         }),
     ];
-    for family in ["tiny-llama", "tiny-qwen2"] {
+    // The last two have norms of heads, and norms behind their blocks.
+    let families = [("tiny-llama", &kinds[..]), ("tiny-qwen2", &kinds[..])];
+    let others = [("families/qwen3", &kinds[..3]), ("families/gemma2", &kinds[..3])];
+    for (family, kinds) in families.into_iter().chain(others) {
         for (kind, change) in kinds {
             let digest = |recompute| {
                 let dir = TempDir::new();
@@ -155,14 +117,11 @@ fn packed_rows_are_what_a_step_counts() {
             config.packing = packing;
             (config.max_steps, config.epochs) = (None, 1.0);
         });
-        let mut tokens = Vec::new();
-        let mut observer = |event: &TrainEvent| {
-            if let TrainEvent::Step { num_tokens, .. } = event {
-                tokens.push(*num_tokens);
-            }
+        let tokens = |event: &TrainEvent| {
+            let TrainEvent::Step { num_tokens, .. } = event else { return None };
+            Some(*num_tokens)
         };
-        run(&job, &mut observer, &AtomicBool::new(false)).unwrap();
-        tokens
+        run_to_end(&job).1.iter().filter_map(tokens).collect::<Vec<_>>()
     };
     let (plain, packed) = (epoch(Packing::None), epoch(Packing::Bfd));
     assert_eq!((plain.len(), packed.len()), (6, 2));

@@ -8,25 +8,14 @@ use std::{
     sync::atomic::AtomicBool,
 };
 
+use crate::trace::{difference, example};
 use serde_json::Value;
-use tunesmith::{
-    adapters::LoraAdapter,
-    data::Example,
-    model::ModelConfig,
-    train::{
-        LossTokens, Objective, PairLoss, ScheduleKind, TrainConfig, TrainEvent, TrainJob, run,
-    },
+use tunesmith::train::{
+    LossTokens, Objective, PairLoss, ScheduleKind, TrainConfig, TrainEvent, TrainJob, run,
 };
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
-}
-
-fn example(sequence: &Value) -> Example {
-    let tokens: Vec<u32> = serde_json::from_value(sequence["tokens"].clone()).unwrap();
-    let mask: Vec<u8> = serde_json::from_value(sequence["loss_mask"].clone()).unwrap();
-    let loss_mask = mask.into_iter().map(|counts| counts == 1).collect();
-    Example { line: 1, tokens, loss_mask, num_truncated: 0, rejected: None }
 }
 
 /// The trace of an oracle.
@@ -102,30 +91,9 @@ fn check(name: &str, kind: &str) {
 
 /// A and B in `output` are those of an oracle's folder, within 1e-3.
 fn same_adapter(name: &str, output: &Path, oracle: &str) {
-    let config = ModelConfig::from_dir(&fixtures().join(name)).unwrap();
-    let trained = LoraAdapter::read(output, &config, false).unwrap();
     let oracle = fixtures().join("oracle").join(oracle);
-    let peft = LoraAdapter::read(&oracle, &config, false).unwrap();
-    for (site, module) in peft.modules() {
-        let ours = &trained.modules()[site];
-        for (theirs, ours) in module.matrices().unwrap().into_iter().zip(ours.matrices().unwrap()) {
-            let difference = (theirs - ours).unwrap().abs().unwrap();
-            let largest: f32 = difference.max_all().unwrap().to_scalar().unwrap();
-            assert!(largest < 1e-3, "{name}, {site:?}: differs by {largest}");
-        }
-    }
-}
-
-/// A pair whose sides share a prompt; the answers are trained.
-fn pair(value: &Value) -> Example {
-    let tokens = |key: &str| -> Vec<u32> { serde_json::from_value(value[key].clone()).unwrap() };
-    let prompt = tokens("prompt_ids");
-    let side = |key: &str| {
-        let tokens = [prompt.clone(), tokens(key)].concat();
-        let loss_mask = (0..tokens.len()).map(|at| at >= prompt.len()).collect();
-        Example { line: 1, tokens, loss_mask, num_truncated: 0, rejected: None }
-    };
-    Example { rejected: Some(Box::new(side("rejected_ids"))), ..side("chosen_ids") }
+    let largest = difference(&fixtures().join(name), output, &oracle);
+    assert!(largest < 1e-3, "{name}: A or B differs by {largest}");
 }
 
 /// `set` is what makes a run one of `kind`, given the oracle's settings.
@@ -157,7 +125,7 @@ fn check_preferences(name: &str, kind: &str, set: impl FnOnce(&mut TrainConfig, 
             ..TrainConfig::default()
         },
         model_dir: fixtures().join(name),
-        train: steps.iter().flat_map(pairs).map(|value| pair(&value)).collect(),
+        train: steps.iter().flat_map(pairs).map(|value| example(&value)).collect(),
         valid: Vec::new(),
         companions: Vec::new(),
         sources: Vec::new(),

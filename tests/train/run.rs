@@ -1,40 +1,25 @@
 //! Whole training runs of tiny models: they learn, they resume with the same bits, they say what is
 //! wrong.
 
-use std::{
-    fs,
-    path::Path,
-    sync::atomic::{AtomicBool, Ordering},
-};
+use std::{fs, path::Path, sync::atomic::AtomicBool};
 
-use crate::common::{TempDir, fixture};
+use crate::{
+    common::{TempDir, fixture},
+    jobs::{self, is_step, losses, patterns, run_to_end, run_until},
+};
 use tunesmith::{
     adapters::{AdapterCard, LoraAdapter},
-    data::Example,
     model::{Decoder, ModelConfig, WeightMode},
     train::{
         Candidate, EventLog, Examination, Examiner, Generated, Method, Outcome, Surroundings,
-        TrainConfig, TrainError, TrainEvent, TrainJob, TrainSummary, WeightDtype, run, run_with,
-        work_dir,
+        TrainConfig, TrainError, TrainEvent, TrainJob, WeightDtype, run_with, work_dir,
     },
 };
 
-/// Rows that repeat a short pattern, of differing lengths; the second half is trained.
-fn examples(count: usize) -> Vec<Example> {
-    let example = |index: usize| {
-        let length = 8 + index * 5 % 17;
-        let tokens = (0..length).map(|at| (20 + index % 5 * 3 + at % 4) as u32).collect();
-        let loss_mask = (0..length).map(|at| at >= length / 2).collect();
-        Example { line: index + 1, tokens, loss_mask, num_truncated: 0, rejected: None }
-    };
-    (0..count).map(example).collect()
-}
-
 /// A run of 12 steps that needs several micro-batches a step, with dropout.
 fn job(dir: &Path, change: impl FnOnce(&mut TrainConfig)) -> TrainJob {
-    let model_dir = fixture("tiny-llama");
     let mut config = TrainConfig {
-        model: model_dir.display().to_string(),
+        model: fixture("tiny-llama").display().to_string(),
         data: "rows.jsonl".into(),
         output: dir.join("adapter"),
         rank: 4,
@@ -49,48 +34,7 @@ fn job(dir: &Path, change: impl FnOnce(&mut TrainConfig)) -> TrainJob {
         ..TrainConfig::default()
     };
     change(&mut config);
-    TrainJob {
-        config,
-        model_dir,
-        train: examples(24),
-        valid: examples(6),
-        companions: Vec::new(),
-        sources: Vec::new(),
-    }
-}
-
-/// Runs to the end, or until after the event for which `stop_at` is true.
-fn run_until(
-    job: &TrainJob,
-    stop_at: impl Fn(&TrainEvent) -> bool,
-) -> Result<(TrainSummary, Vec<TrainEvent>), TrainError> {
-    let stop = AtomicBool::new(false);
-    let mut events = Vec::new();
-    let mut observer = |event: &TrainEvent| {
-        events.push(event.clone());
-        if stop_at(event) {
-            stop.store(true, Ordering::Relaxed);
-        }
-    };
-    let summary = run(job, &mut observer, &stop)?;
-    Ok((summary, events))
-}
-
-fn run_to_end(job: &TrainJob) -> (TrainSummary, Vec<TrainEvent>) {
-    run_until(job, |_| false).unwrap()
-}
-
-fn is_step(event: &TrainEvent, wanted: usize) -> bool {
-    matches!(event, TrainEvent::Step { step, .. } if *step == wanted)
-}
-
-/// (step, loss) of every step.
-fn losses(events: &[TrainEvent]) -> Vec<(usize, f64)> {
-    let loss = |event: &TrainEvent| {
-        let TrainEvent::Step { step, loss, .. } = event else { return None };
-        Some((*step, *loss))
-    };
-    events.iter().filter_map(loss).collect()
+    jobs::job(config, patterns(24, 20), patterns(6, 20))
 }
 
 /// The step lines of a published event log, without the times.
@@ -123,6 +67,46 @@ fn a_run_lowers_the_loss_and_publishes_everything_that_belongs_to_an_adapter() {
     let log = fs::read_to_string(output.join("events.jsonl")).unwrap();
     assert_eq!(self::losses(EventLog::from_text(&log).events()).len(), losses.len());
     assert!(!work_dir(output).exists(), "the work folder is left");
+}
+
+#[test]
+fn a_part_of_an_epoch_is_rounded_up_to_whole_steps() {
+    let scratch = TempDir::new();
+    // Twenty-four rows in steps of ten: an epoch has three steps.
+    let job = job(&scratch.0, |config| (config.epochs, config.batch_size) = (1.5, 10));
+    let (summary, _) = run_to_end(&job);
+    assert_eq!((summary.step, summary.total_steps), (5, 5));
+}
+
+#[test]
+fn the_first_update_is_that_of_adamw_with_torchs_epsilon() {
+    const EPSILON: f64 = 1e-8;
+    const LEARNING_RATE: f64 = 1e-2;
+    let scratch = TempDir::new();
+    // So small a scale that gradients are about as small as epsilon.
+    let job = job(&scratch.0, |config| {
+        (config.alpha, config.dropout, config.grad_clip) = (1e-6, 0.0, 0.0);
+        (config.lr, config.warmup_ratio) = (Some(LEARNING_RATE), 0.0);
+        config.max_steps = Some(1);
+    });
+    let (summary, events) = run_to_end(&job);
+    let norm = events.iter().find_map(|event| {
+        let TrainEvent::Step { grad_norm, .. } = event else { return None };
+        Some(*grad_norm)
+    });
+    // B was 0 and is now rate * g / (|g| + epsilon), which tells g; A has no gradient as long as B is 0.
+    let base = ModelConfig::from_dir(&job.model_dir).unwrap();
+    let adapter = LoraAdapter::read(&summary.path, &base, false).unwrap();
+    let mut squares = 0.0;
+    for module in adapter.modules().values() {
+        let [_, b] = module.matrices().unwrap();
+        for value in b.flatten_all().unwrap().to_vec1::<f32>().unwrap() {
+            let value = f64::from(value.abs());
+            squares += (EPSILON * value / (LEARNING_RATE - value)).powi(2);
+        }
+    }
+    let (norm, told) = (norm.unwrap(), f64::sqrt(squares));
+    assert!((told / norm - 1.0).abs() < 0.01, "{told:e}, not {norm:e}");
 }
 
 #[test]
@@ -269,20 +253,36 @@ fn a_gradient_that_has_vanished_stops_the_run_and_publishes_nothing() {
     assert!(!job.config.output.exists());
 }
 
-/// Finds something wrong with whatever it is shown, as long as it is told to.
-struct Strict(bool);
+/// Finds something wrong with what it is shown, as long as it is told to: before the end of a run, or at it.
+#[derive(Default)]
+struct Strict {
+    before: bool,
+    at_end: bool,
+}
+
+impl Strict {
+    fn look_at(candidate: &Candidate<'_>, is_strict: bool) -> Result<Examination, String> {
+        // What is examined lies on the disk, as it would be published.
+        let adapter = candidate.folder.expect("an adapter is trained");
+        assert!(adapter.join("adapter_model.safetensors").exists());
+        assert!(candidate.scored.iter().all(|one| one.logprobs.iter().all(|p| *p <= 0.0)));
+        assert!(!candidate.scored.is_empty());
+        let found = Examination { max_difference: Some(0.0), ..Examination::default() };
+        if is_strict { Err("it serves something else".to_owned()) } else { Ok(found) }
+    }
+}
 
 impl Examiner for Strict {
     fn generate(&mut self, _: &Candidate<'_>) -> Result<Generated, String> {
         Err("nobody asks for answers here".to_owned())
     }
 
+    fn compare(&mut self, candidate: &Candidate<'_>) -> Result<Examination, String> {
+        Self::look_at(candidate, self.before)
+    }
+
     fn examine(&mut self, candidate: &Candidate<'_>) -> Result<Examination, String> {
-        // What is examined lies on the disk, as it would be published.
-        let adapter = candidate.folder.expect("an adapter is trained");
-        assert!(adapter.join("adapter_model.safetensors").exists());
-        assert!(candidate.scored.iter().all(|one| one.logprobs.iter().all(|p| *p <= 0.0)));
-        if self.0 { Err("it serves something else".to_owned()) } else { Ok(Examination::default()) }
+        Self::look_at(candidate, self.at_end)
     }
 }
 
@@ -291,7 +291,7 @@ fn what_does_not_serve_as_it_was_trained_is_not_published_and_nothing_is_lost() 
     let scratch = TempDir::new();
     let try_with = |strict: bool, resume: bool| {
         let job = job(&scratch.0, |config| config.resume = resume);
-        let mut examiner = Strict(strict);
+        let mut examiner = Strict { at_end: strict, ..Strict::default() };
         let surroundings = Surroundings { examiner: Some(&mut examiner), pause: None };
         let result = run_with(&job, &mut |_| (), surroundings, &AtomicBool::new(false));
         (result, job.config.output)
@@ -305,6 +305,32 @@ fn what_does_not_serve_as_it_was_trained_is_not_published_and_nothing_is_lost() 
     let digest = try_with(false, true).0.unwrap().digest;
     let other = TempDir::new();
     assert_eq!(digest, run_to_end(&self::job(&other.0, |_| ())).0.digest);
+}
+
+#[test]
+fn adapters_before_the_end_are_published_only_if_they_serve_as_they_were_trained() {
+    type Change = fn(&Path, &mut TrainConfig);
+    let epochs: Change = |dir, config| config.epoch_dir = Some(dir.join("epochs"));
+    let last: Change = |_, config| (config.keep_best, config.keep_last) = (true, true);
+    for (change, published) in [(epochs, "epochs/step-6"), (last, "adapter.last")] {
+        for before in [true, false] {
+            let scratch = TempDir::new();
+            let job = job(&scratch.0, |config| change(&scratch.0, config));
+            let mut examiner = Strict { before, ..Strict::default() };
+            let surroundings = Surroundings { examiner: Some(&mut examiner), pause: None };
+            let mut compared = 0;
+            let mut count = |event: &TrainEvent| {
+                compared += usize::from(matches!(event, TrainEvent::Parity { .. }));
+            };
+            let result = run_with(&job, &mut count, surroundings, &AtomicBool::new(false));
+            assert_eq!(scratch.join(published).exists(), !before, "{published}");
+            assert_eq!(job.config.output.exists(), !before, "{published}");
+            match result {
+                Ok(_) => assert!(!before && compared > 1, "{compared} comparisons"),
+                Err(error) => assert!(before && matches!(error, TrainError::Examination { .. })),
+            }
+        }
+    }
 }
 
 #[test]

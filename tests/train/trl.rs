@@ -9,37 +9,12 @@ use std::{
     sync::atomic::AtomicBool,
 };
 
-use crate::common::TempDir;
-use serde_json::Value;
-use tunesmith::{
-    adapters::LoraAdapter,
-    data::Example,
-    model::ModelConfig,
-    train::{Objective, TrainConfig, TrainEvent, TrainJob, run},
+use crate::{
+    common::TempDir,
+    trace::{difference, example},
 };
-
-fn tokens(value: &Value) -> Vec<u32> {
-    serde_json::from_value(value.clone()).unwrap()
-}
-
-fn row(tokens: Vec<u32>, loss_mask: Vec<bool>) -> Example {
-    Example { line: 1, tokens, loss_mask, num_truncated: 0, rejected: None }
-}
-
-/// A row of a trace: tokens with a mask, or a prompt with two answers.
-fn example(value: &Value) -> Example {
-    if value["prompt_ids"].is_null() {
-        let mask: Vec<u8> = serde_json::from_value(value["loss_mask"].clone()).unwrap();
-        return row(tokens(&value["tokens"]), mask.into_iter().map(|counts| counts == 1).collect());
-    }
-    let prompt = tokens(&value["prompt_ids"]);
-    let side = |key: &str| {
-        let all = [prompt.clone(), tokens(&value[key])].concat();
-        let mask = (0..all.len()).map(|at| at >= prompt.len()).collect();
-        row(all, mask)
-    };
-    Example { rejected: Some(Box::new(side("rejected_ids"))), ..side("chosen_ids") }
-}
+use serde_json::Value;
+use tunesmith::train::{Objective, TrainConfig, TrainEvent, TrainJob, run};
 
 /// The largest differences of a run from a trace.
 struct Differences {
@@ -94,17 +69,8 @@ fn compare(model_dir: &Path, trace_dir: &Path, kind: &str) -> Differences {
     let f32_losses = theirs("loss").unwrap();
     let bf16 =
         theirs("bf16_loss").map(|bf16| (largest(&losses, &bf16), largest(&f32_losses, &bf16)));
-    let config = ModelConfig::from_dir(model_dir).unwrap();
-    let read = |dir: &Path| LoraAdapter::read(dir, &config, false).unwrap();
-    let (ours, peft) = (read(&job.config.output), read(&trace_dir.join(format!("{kind}-final"))));
-    let mut adapter = 0.0_f32;
-    for (site, module) in peft.modules() {
-        let own = &ours.modules()[site];
-        for (theirs, ours) in module.matrices().unwrap().into_iter().zip(own.matrices().unwrap()) {
-            let difference = (theirs - ours).unwrap().abs().unwrap().max_all().unwrap();
-            adapter = adapter.max(difference.to_scalar().unwrap());
-        }
-    }
+    let adapter =
+        difference(model_dir, &job.config.output, &trace_dir.join(format!("{kind}-final")));
     Differences { loss: largest(&losses, &f32_losses), adapter, bf16 }
 }
 

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use super::{
     Dialect,
     Rule::{self, Flag, Harmless, Ignored, Number, Read, Refused, Text},
-    Theirs, Translation, optimizer, plain, schedule, validation,
+    Theirs, Translation, optimizer, plain, quantized, schedule, validation,
 };
 
 pub(super) const DIALECT: Dialect = Dialect {
@@ -221,12 +221,17 @@ fn adapter(theirs: &Theirs, ours: &mut Translation) {
              write `peft: true`",
         );
     }
-    let quantization = theirs.text("params.quantization").unwrap_or_else(|| "int4".to_owned());
-    if theirs.flag("params.peft") == Some(true) && theirs.get("params.quantization").is_some() {
-        ours.notice(format!(
-            "params.quantization: the base is not rounded to {quantization}; it stays in its own \
-             number format, unless `--quantize {quantization}` is given"
-        ));
+    match theirs.text("params.quantization").as_deref() {
+        _ if theirs.flag("params.peft") != Some(true) => {}
+        Some(form @ ("int4" | "int8")) => quantized("params.quantization", form, ours),
+        Some(other) => ours.refuse(format!(
+            "params.quantization: {other} is not available; use int4, int8 or none"
+        )),
+        None if theirs.entries().all(|(key, _)| key != "params.quantization") => ours.notice(
+            "params.quantization is not set; AutoTrain rounds the base to int4 then, here it stays as it \
+             is unless `--quantize int4` is given",
+        ),
+        None => {}
     }
 }
 

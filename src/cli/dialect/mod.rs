@@ -188,6 +188,15 @@ fn optimizer(key: &str, name: &str, translation: &mut Translation) {
     }
 }
 
+/// A base under an adapter that is rounded to `form`, which is not that of bitsandbytes.
+fn quantized(key: &str, form: &str, translation: &mut Translation) {
+    translation.set("quantize", form);
+    translation.notice(format!(
+        "{key}: the base is rounded as `--quantize {form}` does it, other than bitsandbytes; \
+         `--quantize none` leaves it as it is"
+    ));
+}
+
 /// The course of the learning rate as transformers names it; `constant` there ignores the warm-up.
 fn schedule(key: &str, name: &str, translation: &mut Translation) {
     let ours = match name {

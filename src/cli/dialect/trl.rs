@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::{
     Dialect,
     Rule::{self, Flag, Harmless, Ignored, Number, Read, Refused, Text},
-    Theirs, Translation, optimizer, plain, schedule, validation,
+    Theirs, Translation, optimizer, plain, quantized, schedule, validation,
 };
 
 pub(super) const DIALECT: Dialect = Dialect {
@@ -33,8 +33,6 @@ pub(super) const DIALECT: Dialect = Dialect {
 const NO_UPLOAD: &str = "nothing is uploaded; the output is a local folder";
 const NO_TRACKER: &str = "no tracker is called; events.jsonl and loss.svg are in the output";
 const ONE_PROCESS: &str = "one process does the work; remove it";
-const OWN_FORMAT: &str = "the base stays in the number format of its files, sums are f32; `--quantize \
-                          int8` or `int4` rounds it";
 const ONE_LOSS: &str = "this variant of the loss of dpo is not available; remove it";
 const OWN_TEMPLATE: &str = "the base's own chat template is used, as a server will; put another one \
                             into the model folder";
@@ -68,8 +66,8 @@ const KEYS: &[(&str, Rule)] = &[
     ("lora_task_type", Harmless),
     ("use_rslora", Flag("rslora")),
     ("use_dora", Read),
-    ("load_in_8bit", Ignored(OWN_FORMAT)),
-    ("load_in_4bit", Ignored(OWN_FORMAT)),
+    ("load_in_8bit", Read),
+    ("load_in_4bit", Read),
     ("bnb_4bit_quant_type", Harmless),
     ("use_bnb_nested_quant", Harmless),
     ("bnb_4bit_quant_storage", Harmless),
@@ -280,8 +278,16 @@ fn model(theirs: &Theirs, ours: &mut Translation) {
         let at = revision.map_or(String::new(), |revision| format!("@{revision}"));
         ours.set("model", format!("{model}{at}"));
     }
+    let wanted = [("load_in_4bit", "int4"), ("load_in_8bit", "int8")];
+    let wanted: Vec<_> =
+        wanted.into_iter().filter(|(key, _)| theirs.flag(key) == Some(true)).collect();
     if theirs.flag("use_peft") != Some(true) {
         ours.set("method", "full");
+        for (key, _) in wanted {
+            ours.refuse(format!(
+                "{key}: only the base under an adapter can be rounded; set `use_peft: true`"
+            ));
+        }
         ours.notice(
             "use_peft is not true, so every weight is trained, as TRL does; for an adapter write \
              `use_peft: true`",
@@ -289,6 +295,11 @@ fn model(theirs: &Theirs, ours: &mut Translation) {
         return;
     }
     ours.set("method", "lora");
+    match wanted.as_slice() {
+        [] => {}
+        [(key, form)] => quantized(key, form, ours),
+        _ => ours.refuse("load_in_4bit: the base has one form; remove load_in_8bit"),
+    }
     let targets = theirs.list("lora_target_modules");
     if targets.is_none() {
         ours.notice(

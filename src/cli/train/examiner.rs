@@ -41,6 +41,11 @@ impl Examiner for EngineExaminer {
         self.answers(candidate).map_err(|error| format!("{error:#}"))
     }
 
+    fn compare(&mut self, candidate: &Candidate<'_>) -> Result<Examination, String> {
+        let compared = Served::new(candidate).and_then(|served| served.examination(candidate));
+        compared.map_err(|error| format!("{error:#}"))
+    }
+
     fn examine(&mut self, candidate: &Candidate<'_>) -> Result<Examination, String> {
         self.look_at(candidate).map_err(|error| format!("{error:#}"))
     }
@@ -70,16 +75,7 @@ impl EngineExaminer {
         let mut samples = None;
         if candidate.folder.is_some() {
             let served = Served::new(candidate)?;
-            let parity = served.compare(candidate.scored)?;
-            let Parity { max_difference, num_tokens } = parity;
-            ensure!(
-                parity.is_close(KvDtype::F32, LoraDtype::Auto),
-                "served log-probabilities differ from training by up to {max_difference:.1e} over \
-                 {num_tokens} tokens, more than {:.0e}",
-                Parity::tolerance(KvDtype::F32, LoraDtype::Auto)
-            );
-            examination.max_difference = (num_tokens > 0).then_some(max_difference);
-            examination.num_tokens = num_tokens;
+            examination = served.examination(candidate)?;
             let config = &candidate.job.config;
             let questions = self.some_questions(config.samples, config.seed);
             if !questions.is_empty() {
@@ -194,9 +190,23 @@ impl Served {
         if self.version.is_some() { Arm::Tuned(TUNED.to_owned()) } else { Arm::Base }
     }
 
+    /// That training and serving say the same.
+    fn examination(&self, candidate: &Candidate<'_>) -> anyhow::Result<Examination> {
+        let parity = self.parity(candidate.scored)?;
+        let Parity { max_difference, num_tokens } = parity;
+        ensure!(
+            parity.is_close(KvDtype::F32, LoraDtype::Auto),
+            "served log-probabilities differ from training by up to {max_difference:.1e} over \
+             {num_tokens} tokens, more than {:.0e}",
+            Parity::tolerance(KvDtype::F32, LoraDtype::Auto)
+        );
+        let max_difference = (num_tokens > 0).then_some(max_difference);
+        Ok(Examination { max_difference, num_tokens, ..Examination::default() })
+    }
+
     /// What training said and what the engine says. A sequence that does not fit into the cache here is not
     /// compared.
-    fn compare(&self, scored: &[Scored<'_>]) -> anyhow::Result<Parity> {
+    fn parity(&self, scored: &[Scored<'_>]) -> anyhow::Result<Parity> {
         let sequences = scored.iter().map(|Scored { example, logprobs }| TrainedSequence {
             tokens: &example.tokens,
             loss_mask: &example.loss_mask,

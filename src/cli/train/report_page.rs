@@ -3,9 +3,11 @@
 
 use std::fmt::Write;
 
+use serde_json::Value;
+
 use crate::data::Example;
 use crate::eval::{EvalReport, html::STYLE, html::escape};
-use crate::train::{Candidate, Examination, TrainEvent, loss_curve_svg};
+use crate::train::{Candidate, Examination, TrainConfig, TrainEvent, loss_curve_svg};
 
 /// The whole page. `samples` has the base's answers and then the tuned ones.
 pub(super) fn render(
@@ -109,14 +111,24 @@ fn data(page: &mut String, candidate: &Candidate<'_>) {
     });
 }
 
+/// What was set, and folded away what is as it is by default.
 fn settings(page: &mut String, candidate: &Candidate<'_>) {
+    let of = |config: &TrainConfig| serde_json::to_value(config).unwrap_or_default();
+    let (settings, defaults) = (of(&candidate.job.config), of(&TrainConfig::default()));
+    let all = || settings.as_object().into_iter().flatten();
+    let (set, unset): (Vec<_>, Vec<_>) = all().partition(|(key, value)| defaults[*key] != **value);
+    let list = |page: &mut String, settings: &[(&String, &Value)]| {
+        table(page, &["key", "value"], |page| {
+            for (key, value) in settings {
+                row(page, [key.as_str(), value.to_string().as_str()]);
+            }
+        });
+    };
     page.push_str("<h2>Settings</h2>\n");
-    let settings = serde_json::to_value(&candidate.job.config).unwrap_or_default();
-    table(page, &["key", "value"], |page| {
-        for (key, value) in settings.as_object().into_iter().flatten() {
-            row(page, [key.as_str(), value.to_string().as_str()]);
-        }
-    });
+    list(page, &set);
+    let _ = writeln!(page, "<details><summary>{} more, as by default</summary>", unset.len());
+    list(page, &unset);
+    page.push_str("</details>\n");
 }
 
 fn table(page: &mut String, headings: &[&str], rows: impl FnOnce(&mut String)) {

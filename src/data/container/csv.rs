@@ -1,4 +1,5 @@
-//! Comma- or tab-separated values whose first line names the columns, quoted as RFC 4180 has it.
+//! Separated values whose first line names the columns, quoted as RFC 4180 has it. What separates them is
+//! what the first line says: a table tool writes semicolons where a comma is part of a number.
 #![allow(
     clippy::wildcard_enum_match_arm,
     reason = "other problems are said in the crate's own words"
@@ -10,14 +11,23 @@ use serde_json::Map;
 use super::{Record, problem};
 use crate::data::columns::from_texts;
 
-pub(super) fn records(bytes: &[u8], delimiter: u8) -> Vec<Record> {
+/// What may stand between cells.
+const DELIMITERS: &[u8] = b",;\t|";
+
+/// Every record of a file. `usual` stands between its cells unless the first line says otherwise.
+pub(super) fn records(bytes: &[u8], usual: u8) -> Vec<Record> {
+    let (bytes, told, lines_before) = match told_delimiter(bytes) {
+        Some((delimiter, rest)) => (rest, Some(delimiter), 1),
+        None => (bytes, None, 0),
+    };
+    let delimiter = told.unwrap_or_else(|| delimiter(bytes, usual));
     let mut reader = ReaderBuilder::new().delimiter(delimiter).from_reader(bytes);
     let names = match reader.headers() {
         Ok(names) => names.clone(),
         Err(error) => return vec![problem(1, "invalid_csv", error.to_string())],
     };
     let mut records = Vec::new();
-    let mut lines = Lines { bytes, passed: 0, line: 1 };
+    let mut lines = Lines { bytes, passed: 0, line: 1 + lines_before };
     for record in reader.records() {
         match record {
             Ok(record) => {
@@ -26,11 +36,40 @@ pub(super) fn records(bytes: &[u8], delimiter: u8) -> Vec<Record> {
             }
             Err(error) => {
                 let line = lines.of(error.position());
-                records.push(problem(line, "invalid_csv", message(&error)));
+                records.push(problem(line, "invalid_csv", message(&error, delimiter)));
             }
         }
     }
     records
+}
+
+/// The delimiter of a first line `sep=;`, as Excel reads and writes it, and what comes after that line.
+fn told_delimiter(bytes: &[u8]) -> Option<(u8, &[u8])> {
+    let (delimiter, rest) = bytes.strip_prefix(b"sep=")?.split_first()?;
+    let rest = rest.strip_prefix(b"\r").unwrap_or(rest).strip_prefix(b"\n")?;
+    DELIMITERS.contains(delimiter).then_some((*delimiter, rest))
+}
+
+/// What the first line has most of outside of quotes; `usual` where it has as many of that, or none.
+fn delimiter(bytes: &[u8], usual: u8) -> u8 {
+    let mut quoted = false;
+    let mut counts = [0_usize; DELIMITERS.len()];
+    for byte in bytes {
+        match byte {
+            b'"' => quoted = !quoted,
+            b'\r' | b'\n' if !quoted => break,
+            _ if quoted => {}
+            byte => {
+                if let Some(index) = DELIMITERS.iter().position(|delimiter| delimiter == byte) {
+                    counts[index] += 1;
+                }
+            }
+        }
+    }
+    let count =
+        |delimiter: &u8| counts[DELIMITERS.iter().position(|d| d == delimiter).unwrap_or(0)];
+    let most = DELIMITERS.iter().copied().max_by_key(count).unwrap_or(usual);
+    if count(&most) > count(&usual) { most } else { usual }
 }
 
 /// On which line a record begins: a quoted cell may have several, and the reader's own count stands
@@ -63,10 +102,19 @@ fn columns(names: &StringRecord, record: &StringRecord) -> Map<String, serde_jso
 }
 
 /// The cause alone; the place is said elsewhere.
-fn message(error: &csv::Error) -> String {
+fn message(error: &csv::Error, delimiter: u8) -> String {
     match error.kind() {
         csv::ErrorKind::UnequalLengths { expected_len, len, .. } => {
-            format!("the record has {len} cells, the first line names {expected_len} columns")
+            let name = match delimiter {
+                b',' => "commas",
+                b';' => "semicolons",
+                b'\t' => "tabs",
+                _ => "vertical bars",
+            };
+            format!(
+                "the record has {len} cells, the first line names {expected_len} columns, with {name} \
+                 between them"
+            )
         }
         csv::ErrorKind::Utf8 { err, .. } => format!("not UTF-8: {err}"),
         _ => error.to_string(),

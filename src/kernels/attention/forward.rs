@@ -58,22 +58,47 @@ pub(in crate::kernels) unsafe fn forward_tile<S: Simd, E: KvElement>(tile: &Forw
     }
 }
 
-/// A block's values and what `N` rows give to them.
-struct Values<E, const N: usize> {
-    /// `[16][padded]`
-    values: *const E,
-    /// Those of a later block, to be asked for from memory.
-    ahead: Option<*const E>,
+/// Values of some blocks and what `N` rows give to them.
+struct Values<'a, F, const N: usize> {
+    view: &'a View<N>,
+    blocks: Range<usize>,
+    /// A block's values, `[16][padded]`, behind its scales.
+    block: F,
+    /// Nobody has read the values a moment ago: they come from memory.
+    is_new: bool,
     padded: usize,
-    /// The positions of the block that count.
-    keys: Range<usize>,
-    /// Sixteen each.
+    /// Sixteen for each block of the view.
     weights: [*mut f32; N],
     /// `padded` elements each.
     sums: [*mut f32; N],
 }
 
-impl<E: KvElement, const N: usize> Values<E, N> {
+impl<E: KvElement, F: Fn(usize) -> *const E, const N: usize> Values<'_, F, N> {
+    /// Adds all elements of the values to the sums, as many at once as there are registers for.
+    #[inline(always)]
+    unsafe fn add_all<S: Simd>(&self) {
+        let mut lane = 0;
+        // SAFETY: by the contract of `forward_tile`.
+        unsafe {
+            if 4 * N <= S::SUMS {
+                while lane + 4 * LANES <= self.padded {
+                    self.add::<S, 4>(lane);
+                    lane += 4 * LANES;
+                }
+            }
+            if 2 * N <= S::SUMS {
+                while lane + 2 * LANES <= self.padded {
+                    self.add::<S, 2>(lane);
+                    lane += 2 * LANES;
+                }
+            }
+            while lane < self.padded {
+                self.add::<S, 1>(lane);
+                lane += LANES;
+            }
+        }
+    }
+
     /// Adds elements `lane..` of the values, `C` vectors of them, to the sums. Each sum is one chain over
     /// the positions, whatever `N` and `C`.
     #[inline(always)]
@@ -86,21 +111,29 @@ impl<E: KvElement, const N: usize> Values<E, N> {
                     sums[i][c] = S::load(self.sums[i].add(lane + c * LANES));
                 }
             }
-            for key in self.keys.clone() {
-                let at = key * self.padded + lane;
-                let mut values = [S::splat(0.0); C];
-                for c in 0..C {
-                    values[c] = E::load::<S>(self.values.add(at + c * LANES));
-                }
-                if let Some(ahead) = self.ahead {
-                    for c in 0..C {
-                        S::prefetch(ahead.wrapping_add(at + c * LANES).cast());
+            for block in self.blocks.clone() {
+                let values = (self.block)(block).add(lane);
+                if self.is_new {
+                    let ahead = (block + BLOCKS_AHEAD).min(self.view.blocks.end - 1);
+                    let ahead = (self.block)(ahead).wrapping_add(lane);
+                    for at in (0..LANES).map(|key| key * self.padded) {
+                        for c in 0..C {
+                            S::prefetch(ahead.wrapping_add(at + c * LANES).cast());
+                        }
                     }
                 }
-                for i in 0..N {
-                    let weight = S::splat(*self.weights[i].add(key));
+                let first = self.view.blocks.start * LANES;
+                for key in self.view.keys(block) {
+                    let mut vectors = [S::splat(0.0); C];
                     for c in 0..C {
-                        sums[i][c] = S::fma(weight, values[c], sums[i][c]);
+                        let at = (key - block * LANES) * self.padded + c * LANES;
+                        vectors[c] = E::load::<S>(values.add(at));
+                    }
+                    for i in 0..N {
+                        let weight = S::splat(*self.weights[i].add(key - first));
+                        for c in 0..C {
+                            sums[i][c] = S::fma(weight, vectors[c], sums[i][c]);
+                        }
                     }
                 }
             }
@@ -142,45 +175,28 @@ unsafe fn forward_pairs<S: Simd, E: KvElement, const N: usize>(tile: &ForwardTil
                 S::store(sum.add(lane), S::splat(0.0));
             }
         }
-        for block in view.blocks.clone() {
-            let head = head_block(tile.values, block, padded * LANES);
-            let at = (block - view.blocks.start) * LANES;
-            let weights = rows.map(|row| row.add(at));
-            if E::SCALES > 0 {
+        if E::SCALES > 0 {
+            for block in view.blocks.clone() {
+                let head = head_block(tile.values, block, padded * LANES);
                 let scales = S::load(head.cast::<f32>());
-                for weight in weights {
+                for weight in rows.map(|row| row.add((block - view.blocks.start) * LANES)) {
                     S::store(weight, S::mul(S::load(weight), scales));
                 }
             }
-            let keys = view.keys(block);
+        }
+        // From memory each value is read once; what is near is read in parts, whose sums stay in registers.
+        let at_once = if is_new { 1 } else { view.blocks.len() };
+        for first in view.blocks.clone().step_by(at_once) {
             let part = Values {
-                values: head.add(E::SCALES),
-                ahead: is_new.then(|| {
-                    let ahead = (block + BLOCKS_AHEAD).min(view.blocks.end - 1);
-                    head_block(tile.values, ahead, padded * LANES).add(E::SCALES)
-                }),
+                view: &view,
+                blocks: first..(first + at_once).min(view.blocks.end),
+                block: |block| head_block(tile.values, block, padded * LANES).add(E::SCALES),
+                is_new,
                 padded,
-                keys: keys.start - block * LANES..keys.end - block * LANES,
-                weights,
+                weights: rows,
                 sums,
             };
-            let mut lane = 0;
-            if 4 * N <= S::SUMS {
-                while lane + 4 * LANES <= padded {
-                    part.add::<S, 4>(lane);
-                    lane += 4 * LANES;
-                }
-            }
-            if 2 * N <= S::SUMS {
-                while lane + 2 * LANES <= padded {
-                    part.add::<S, 2>(lane);
-                    lane += 2 * LANES;
-                }
-            }
-            while lane < padded {
-                part.add::<S, 1>(lane);
-                lane += LANES;
-            }
+            part.add_all::<S>();
         }
         // 3. The division.
         for i in 0..N {

@@ -4,15 +4,22 @@
 //! sixteen scales (f32) come before it, one for each position: `value = scale * integer`, where `scale`
 //! is the greatest magnitude of that token's head / 127. What a row becomes depends on that row alone.
 
+use std::slice;
+
 use half::bf16;
 
 use super::AttentionShape;
-use crate::kernels::simd::{LANES, Simd};
+use crate::kernels::{
+    simd::{LANES, Simd},
+    threads::{Shared, for_each_range},
+};
 
 /// Bytes of a block's scales in int8.
 const SCALE_BYTES: usize = LANES * size_of::<f32>();
 /// The greatest integer.
 const GREATEST: f32 = 127.0;
+/// Multiply-adds that an element on its way into a panel is worth.
+const WORK: usize = 4;
 
 /// How the elements of keys and values are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -179,69 +186,80 @@ impl AttentionShape {
     /// # Panics
     /// Where a slot lies past the panel.
     pub fn write(&self, side: KvSide, rows: &[f32], slots: &[u32], panel: KvPanelMut<'_>) {
+        let rows = Rows { shape: self, side, rows, slots };
         match panel {
-            KvPanelMut::F32(panel) => self.write_rounded(side, rows, slots, panel, |value| value),
-            KvPanelMut::Bf16(panel) => {
-                self.write_rounded(side, rows, slots, panel, bf16::from_f32);
-            }
-            KvPanelMut::Int8(panel) => self.write_int8(side, rows, slots, panel),
-        }
-    }
-
-    /// Calls `place(head's values, head's first element in the panel)` for each head of each row, and
-    /// returns how far its elements lie apart.
-    fn for_each_head(
-        &self,
-        (form, side): (KvForm, KvSide),
-        rows: &[f32],
-        slots: &[u32],
-        mut place: impl FnMut(&[f32], usize, usize),
-    ) {
-        let record = form.block_len(self, side) / self.kv_heads;
-        for (row, slot) in rows.chunks_exact(self.kv_heads * self.head_dim).zip(slots) {
-            let (block, lane) = (*slot as usize / LANES, *slot as usize % LANES);
-            for (head, values) in row.chunks_exact(self.head_dim).enumerate() {
-                place(values, (block * self.kv_heads + head) * record, lane);
-            }
-        }
-    }
-
-    /// The place of element `index` of position `lane`, within a head's block without its scales.
-    fn offset(&self, side: KvSide, lane: usize, index: usize) -> usize {
-        match side {
-            KvSide::Keys => index * LANES + lane,
-            KvSide::Values => lane * self.padded_dim() + index,
-        }
-    }
-
-    fn write_rounded<T>(
-        &self,
-        side: KvSide,
-        rows: &[f32],
-        slots: &[u32],
-        panel: &mut [T],
-        round: impl Fn(f32) -> T,
-    ) {
-        self.for_each_head((KvForm::F32, side), rows, slots, |values, start, lane| {
-            for (index, value) in values.iter().enumerate() {
-                panel[start + self.offset(side, lane, index)] = round(*value);
-            }
-        });
-    }
-
-    fn write_int8(&self, side: KvSide, rows: &[f32], slots: &[u32], panel: &mut [u8]) {
-        self.for_each_head((KvForm::Int8, side), rows, slots, |values, start, lane| {
-            let greatest = values.iter().fold(0.0_f32, |greatest, value| greatest.max(value.abs()));
-            let inverse = if greatest > 0.0 { GREATEST / greatest } else { 0.0 };
-            let scale = start + lane * size_of::<f32>();
-            panel[scale..scale + size_of::<f32>()]
-                .copy_from_slice(&(greatest / GREATEST).to_ne_bytes());
-            for (index, value) in values.iter().enumerate() {
+            KvPanelMut::F32(panel) => rows.write(KvForm::F32, panel, |values, head, lane| {
+                rows.place(values, head, lane, |value| value);
+            }),
+            KvPanelMut::Bf16(panel) => rows.write(KvForm::Bf16, panel, |values, head, lane| {
+                rows.place(values, head, lane, bf16::from_f32);
+            }),
+            KvPanelMut::Int8(panel) => rows.write(KvForm::Int8, panel, |values, head, lane| {
+                let greatest = values.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
+                let inverse = if greatest > 0.0 { GREATEST / greatest } else { 0.0 };
+                let (scales, integers) = head.split_at_mut(SCALE_BYTES);
+                scales[lane * size_of::<f32>()..][..size_of::<f32>()]
+                    .copy_from_slice(&(greatest / GREATEST).to_ne_bytes());
                 #[allow(clippy::cast_possible_truncation)]
-                let integer = (value * inverse).round_ties_even() as i8;
-                panel[start + SCALE_BYTES + self.offset(side, lane, index)] =
-                    integer.cast_unsigned();
+                let round = |value: f32| (value * inverse).round_ties_even() as i8;
+                rows.place(values, integers, lane, |value| round(value).cast_unsigned());
+            }),
+        }
+    }
+}
+
+/// Rows on their way into a panel.
+struct Rows<'a> {
+    shape: &'a AttentionShape,
+    side: KvSide,
+    /// `[slots.len(), kv_heads * head_dim]`
+    rows: &'a [f32],
+    slots: &'a [u32],
+}
+
+impl Rows<'_> {
+    /// Calls `place(head's values, head's block, position in it)` for each head of each row. Threads share out
+    /// the heads.
+    fn write<T: Send>(
+        &self,
+        form: KvForm,
+        panel: &mut [T],
+        place: impl Fn(&[f32], &mut [T], usize) + Send + Sync,
+    ) {
+        let AttentionShape { kv_heads, head_dim, .. } = *self.shape;
+        let record = form.block_len(self.shape, self.side) / kv_heads;
+        let num_blocks = panel.len() / (kv_heads * record);
+        let inside = |slot: &u32| (*slot as usize) < num_blocks * LANES;
+        assert!(self.slots.iter().all(inside), "slot past the panel");
+        let shared = Shared(panel.as_mut_ptr());
+        for_each_range(kv_heads, 1, self.slots.len() * head_dim * WORK, |heads| {
+            for (row, slot) in self.rows.chunks_exact(kv_heads * head_dim).zip(self.slots) {
+                let (block, lane) = (*slot as usize / LANES, *slot as usize % LANES);
+                for head in heads.clone() {
+                    let start = (block * kv_heads + head) * record;
+                    // SAFETY: the block lies within the panel, as checked above, and this head's part of every
+                    // block is this task's.
+                    let to = unsafe { slice::from_raw_parts_mut(shared.get().add(start), record) };
+                    place(&row[head * head_dim..][..head_dim], to, lane);
+                }
             }
         });
+    }
+
+    /// Writes a head's values to position `lane` of its block, without its scales.
+    fn place<T>(&self, values: &[f32], to: &mut [T], lane: usize, round: impl Fn(f32) -> T) {
+        match self.side {
+            KvSide::Keys => {
+                for (to, value) in to[lane..].iter_mut().step_by(LANES).zip(values) {
+                    *to = round(*value);
+                }
+            }
+            KvSide::Values => {
+                let start = lane * self.shape.padded_dim();
+                for (to, value) in to[start..start + values.len()].iter_mut().zip(values) {
+                    *to = round(*value);
+                }
+            }
+        }
     }
 }

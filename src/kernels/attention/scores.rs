@@ -8,6 +8,9 @@ use crate::kernels::{
     tanh::tanh,
 };
 
+/// Elements of the keys that come next, asked for at a time.
+const ASKED: usize = 16;
+
 /// The reach of `N` query rows, in the order of their positions.
 pub(super) struct View<const N: usize> {
     /// Each sees keys `starts[i]..ends[i]`.
@@ -59,21 +62,25 @@ unsafe fn dots<S: Simd, E: KvElement, const N: usize, const B: usize>(
     // SAFETY: by the contract of `probabilities`; a prefetch of any address is allowed.
     unsafe {
         let mut sums = [[S::splat(0.0); N]; B];
-        for d in 0..head_dim {
-            let at = E::SCALES + d * LANES;
-            let mut keys = [S::splat(0.0); B];
-            for b in 0..B {
-                keys[b] = E::load::<S>(blocks[b].add(at));
-            }
-            if let Some(next) = next {
-                for block in next {
-                    S::prefetch(block.wrapping_add(at).cast());
+        for start in (0..head_dim).step_by(ASKED) {
+            let end = (start + ASKED).min(head_dim);
+            // Apart from the sums: beside a prefetch they would not stay in registers.
+            for block in next.iter().flatten() {
+                for d in start..end {
+                    S::prefetch(block.wrapping_add(E::SCALES + d * LANES).cast());
                 }
             }
-            for i in 0..N {
-                let query = S::splat(*queries[i].add(d));
+            for d in start..end {
+                let at = E::SCALES + d * LANES;
+                let mut keys = [S::splat(0.0); B];
                 for b in 0..B {
-                    sums[b][i] = S::fma(query, keys[b], sums[b][i]);
+                    keys[b] = E::load::<S>(blocks[b].add(at));
+                }
+                for i in 0..N {
+                    let query = S::splat(*queries[i].add(d));
+                    for b in 0..B {
+                        sums[b][i] = S::fma(query, keys[b], sums[b][i]);
+                    }
                 }
             }
         }

@@ -1,11 +1,65 @@
-//! What the values of a [`TrainConfig`] may be, where several belong together.
+//! What the values of a [`TrainConfig`] may be, alone and together.
 
-use super::{LossTokens, Method, Objective, TrainConfig, require};
+use std::fmt;
+
+use super::{LossTokens, Method, Objective, TrainConfig};
+use crate::model::Quantization;
 use crate::train::{Packing, TrainError};
 
 impl TrainConfig {
+    /// Checks every value.
+    ///
+    /// # Errors
+    /// [`TrainError::Config`] with the first key that cannot be used, its value and what it may be.
+    pub fn validate(&self) -> Result<(), TrainError> {
+        let unit = 0.0..1.0;
+        require(!self.model.is_empty(), "model", &"", "a model folder")?;
+        require(!self.data.is_empty(), "data", &"", "a file of rows")?;
+        for source in &self.data.0 {
+            let weight = source.weight;
+            require(weight.is_finite() && weight > 0.0, "weight", &weight, "above 0")?;
+        }
+        require(!self.output.as_os_str().is_empty(), "output", &"", "a folder to write")?;
+        require(self.rank > 0, "rank", &self.rank, "at least 1")?;
+        require(self.alpha.is_finite() && self.alpha > 0.0, "alpha", &self.alpha, "above 0")?;
+        require(unit.contains(&self.dropout), "dropout", &self.dropout, "0 to below 1")?;
+        let lr = self.lr.unwrap_or(1.0);
+        require(lr.is_finite() && lr >= 0.0, "lr", &lr, "0 or more")?;
+        let ratio = self.warmup_ratio;
+        require((0.0..=1.0).contains(&ratio), "warmup_ratio", &ratio, "0 to 1")?;
+        let epochs = self.epochs;
+        require(epochs.is_finite() && epochs > 0.0, "epochs", &epochs, "above 0")?;
+        require(self.max_steps != Some(0), "max_steps", &0, "at least 1")?;
+        require(self.batch_size > 0, "batch_size", &self.batch_size, "at least 1")?;
+        let tokens = self.micro_batch_tokens;
+        require(tokens > 0, "micro_batch_tokens", &tokens, "at least 1")?;
+        require(self.grad_clip >= 0.0, "grad_clip", &self.grad_clip, "0 or more")?;
+        let decay = self.weight_decay;
+        require(decay.is_finite() && decay >= 0.0, "weight_decay", &decay, "0 or more")?;
+        require(unit.contains(&self.beta1), "beta1", &self.beta1, "0 to below 1")?;
+        require(unit.contains(&self.beta2), "beta2", &self.beta2, "0 to below 1")?;
+        require(self.max_length >= 2, "max_length", &self.max_length, "at least 2")?;
+        require(self.checkpoint_every > 0, "checkpoint_every", &0, "at least 1")?;
+        let minutes = self.time_limit.unwrap_or(1.0);
+        require(minutes.is_finite() && minutes > 0.0, "time_limit", &minutes, "above 0")?;
+        require(self.threads != Some(0), "threads", &0, "at least 1")?;
+        require(self.valid_batch != Some(0), "valid_batch", &0, "at least 1")?;
+        require(self.keep_epochs > 0, "keep_epochs", &0, "at least 1")?;
+        self.check_objective()?;
+        self.check_choice()?;
+        self.targets.projections()?;
+        let adapter_only = self.method == Method::Lora || self.init_adapter.is_none();
+        require(adapter_only, "init_adapter", &"set", "unset with method full")?;
+        let own_rows = !self.modules_to_save.is_empty() || !self.train_tokens.is_empty();
+        let value = "modules_to_save or train_tokens";
+        let trained = self.method == Method::Lora || !own_rows;
+        require(trained, "method", &value, "lora where single tables are trained")?;
+        let exact_only = self.method == Method::Lora || self.quantize == Quantization::None;
+        require(exact_only, "quantize", &self.quantize, "none with method full")
+    }
+
     /// What is published, and of how many runs.
-    pub(super) fn check_choice(&self) -> Result<(), TrainError> {
+    fn check_choice(&self) -> Result<(), TrainError> {
         let patience = self.early_stopping_patience;
         require(patience != Some(0), "early_stopping_patience", &0, "at least 1")?;
         let threshold = self.early_stopping_threshold;
@@ -32,7 +86,7 @@ impl TrainConfig {
     }
 
     /// The loss and what it goes with.
-    pub(super) fn check_objective(&self) -> Result<(), TrainError> {
+    fn check_objective(&self) -> Result<(), TrainError> {
         let beta = self.dpo_beta;
         require(beta > 0.0 && beta <= 2.0, "dpo_beta", &beta, "above 0 and at most 2")?;
         let beta = self.orpo_beta;
@@ -86,4 +140,14 @@ impl TrainConfig {
         let epochs = adapter || self.epoch_dir.is_none();
         require(epochs, "epoch_dir", &"set", "unset with method full")
     }
+}
+
+pub(super) fn require(
+    holds: bool,
+    key: &'static str,
+    value: &dyn fmt::Debug,
+    allowed: &'static str,
+) -> Result<(), TrainError> {
+    let error = || TrainError::Config { key, value: format!("{value:?}"), allowed };
+    holds.then_some(()).ok_or_else(error)
 }

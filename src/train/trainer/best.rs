@@ -119,6 +119,8 @@ impl Trainer<'_> {
         let config = &self.job.config;
         let Some(best) = self.standing().filter(|_| config.keep_best) else { return Ok(()) };
         if config.keep_last && outcome != Outcome::Eliminated {
+            self.model.round(config.dtype)?;
+            self.compare(true)?;
             output::publish(&self.finished(), &last_folder(&config.output))?;
         }
         if best.step != self.step
