@@ -28,9 +28,8 @@ pub(super) struct ShrinkSum {
     pub(super) a: *const u8,
     pub(super) form: WeightForm,
     pub(super) terms: usize,
-    /// Sixteen elements, and which.
+    /// Sixteen elements.
     pub(super) to: *mut f32,
-    pub(super) place: usize,
     /// What will probably be read after this; only asked for.
     pub(super) next: *const u8,
 }

@@ -22,7 +22,6 @@ mod bf16_rows;
 mod gemm;
 mod heap;
 mod lora;
-mod lora_additions;
 mod lora_shrink;
 mod lora_sums;
 mod pages;
@@ -47,8 +46,7 @@ pub use attention::{
 };
 pub use gemm::MatmulJob;
 pub use heap::{buffer, keep_freed_memory, release_freed_memory};
-pub use lora::{LoraOutput, LoraSegment, LoraTarget, add_lora, add_loras};
-pub use lora_additions::Additions;
+pub use lora::{LoraOutput, LoraSegment, add_lora, add_loras};
 pub use panels::{PackedWeight, WeightForm};
 pub use roofline::Roofline;
 pub use rows::RmsNormGradient;

@@ -25,9 +25,6 @@ pub(super) const SUM_BLOCK: usize = 512;
 /// How far ahead of a product with few rows the weights are asked for.
 const PREFETCH_BYTES: usize = 1024;
 
-/// What is done with each part of a product's output: its rows, its panels, and the whole output.
-pub(super) type Then<'a> = dyn Fn(Range<usize>, Range<usize>, *mut f32) + Sync + 'a;
-
 impl PackedWeight {
     /// `out = x W^T + bias`: `x [rows, in]`, `bias [out]`, `out [rows, out]`. With an int8 or int4
     /// weight, the rows of `x` are rounded to 8 bits too, each group of its terms by a scale of its own; with
@@ -36,18 +33,6 @@ impl PackedWeight {
     /// # Panics
     /// Where the lengths do not fit each other.
     pub fn linear(&self, kernels: &Kernels, x: &[f32], bias: Option<&[f32]>, out: &mut [f32]) {
-        self.linear_then(kernels, x, bias, out, &|_, _, _| {});
-    }
-
-    /// As [`Self::linear`]; calls `then` on each part of the output as soon as it is there.
-    pub(super) fn linear_then(
-        &self,
-        kernels: &Kernels,
-        x: &[f32],
-        bias: Option<&[f32]>,
-        out: &mut [f32],
-        then: &Then<'_>,
-    ) {
         let [columns, terms] = self.shape();
         assert!(bias.is_none_or(|bias| bias.len() == columns), "bias is not {columns} long");
         if columns == 0 || out.is_empty() {
@@ -67,13 +52,13 @@ impl PackedWeight {
         }
         match self.form() {
             WeightForm::Int8 | WeightForm::Int4 => {
-                quant_product::linear(self, kernels, x, bias, out, then);
+                quant_product::linear(self, kernels, x, bias, out);
             }
             WeightForm::F32 | WeightForm::F16 | WeightForm::Bf16 => {
-                self.add_up(kernels, (x, terms), bias, out, then);
+                self.add_up(kernels, (x, terms), bias, out);
             }
             WeightForm::Bf16Dot => with_bf16_rows(kernels, x, terms, |pairs| {
-                self.add_up(kernels, (pairs, terms.div_ceil(2)), bias, out, then);
+                self.add_up(kernels, (pairs, terms.div_ceil(2)), bias, out);
             }),
         }
     }
@@ -85,7 +70,6 @@ impl PackedWeight {
         (x, terms): (&[f32], usize),
         bias: Option<&[f32]>,
         out: &mut [f32],
-        then: &Then<'_>,
     ) {
         let columns = self.shape()[0];
         let rows = out.len() / columns;
@@ -101,14 +85,13 @@ impl PackedWeight {
                     bias: bias.map_or(std::ptr::null(), <[f32]>::as_ptr),
                     out: shared.get(),
                     columns,
-                    rows: rows.clone(),
-                    panels: panels.clone(),
+                    rows,
+                    panels,
                     first_panel: 0,
                     accumulate: false,
                 };
                 // SAFETY: `linear` checked the lengths, tasks write disjoint rectangles.
                 unsafe { tile.run(kernels, self.form()) };
-                then(rows, panels, shared.get());
             });
         });
     }

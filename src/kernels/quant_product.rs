@@ -13,7 +13,7 @@ use std::{hint::black_box, ops::Range};
 use super::{
     Kernels,
     panels::{PackedWeight, WeightForm},
-    product::{Then, prefetch},
+    product::prefetch,
     quant_rows::{QuantPlaces, with_quant_rows},
     row_tiles::tile_height,
     simd::{LANES, Simd, load_partial, store_partial},
@@ -34,7 +34,6 @@ pub(super) fn linear(
     x: &[f32],
     bias: Option<&[f32]>,
     out: &mut [f32],
-    then: &Then<'_>,
 ) {
     let [columns, terms] = weight.shape();
     let rows = x.len() / terms;
@@ -53,12 +52,11 @@ pub(super) fn linear(
                 bias: bias.map_or(std::ptr::null(), <[f32]>::as_ptr),
                 out: shared.get(),
                 columns,
-                rows: rows.clone(),
-                panels: panels.clone(),
+                rows,
+                panels,
             };
             // SAFETY: `linear` checked the lengths, tasks write disjoint rectangles.
             unsafe { body(&tile) };
-            then(rows, panels, shared.get());
         });
     });
 }

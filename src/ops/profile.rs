@@ -154,15 +154,6 @@ pub fn time(op: Op) -> Timer {
     Timer(IS_ON.load(Relaxed).then(|| (op, Instant::now())))
 }
 
-/// Counts some of the time of `from` as time of `to`, if somebody profiles: what was done in between.
-pub fn shift(from: Op, to: Op, time: Duration) {
-    if IS_ON.load(Relaxed) {
-        let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        CELLS[from as usize].nanoseconds.fetch_sub(nanoseconds, Relaxed);
-        CELLS[to as usize].nanoseconds.fetch_add(nanoseconds, Relaxed);
-    }
-}
-
 impl Timer {
     /// The same, with the bytes that are read and the operations that are done.
     pub fn work(self, work: impl FnOnce() -> (usize, usize)) -> Self {

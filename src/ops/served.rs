@@ -8,10 +8,10 @@ use candle_core::{Result, Tensor};
 
 use super::{
     lora::LoraPart,
-    profile::{self, Op, time},
+    profile::{Op, time},
     storage::{mismatch, tensor, with_f32},
 };
-use crate::kernels::{Additions, LoraTarget, PackedWeight, best, buffer};
+use crate::kernels::{LoraOutput, PackedWeight, add_loras, best, buffer};
 
 const NAME: &str = "projections";
 
@@ -50,13 +50,13 @@ pub fn projections(x: &Tensor, served: &[ServedProjection<'_>], op: Op) -> Resul
     let biases = served.iter().map(|served| served.bias.map(Tensor::to_vec1::<f32>).transpose());
     let biases = biases.collect::<Result<Vec<_>>>()?;
     with_f32(x, NAME, |x| {
-        if served.iter().all(|served| served.parts.is_empty()) {
-            for ((served, bias), out) in served.iter().zip(&biases).zip(&mut outputs) {
-                let _time = time(op).work(|| work(served.weight, rows));
-                served.weight.linear(best(), x, bias.as_deref(), out);
-            }
-        } else {
-            with_adapters(x, in_features, served, &biases, &mut outputs, op);
+        for ((served, bias), out) in served.iter().zip(&biases).zip(&mut outputs) {
+            let elements = served.weight.shape().iter().product::<usize>();
+            let _time = time(op).work(|| (served.weight.num_bytes(), 2 * rows * elements));
+            served.weight.linear(best(), x, bias.as_deref(), out);
+        }
+        if served.iter().any(|served| !served.parts.is_empty()) {
+            add(x, served, &biases, &mut outputs);
         }
         Ok(())
     })?;
@@ -64,38 +64,22 @@ pub fn projections(x: &Tensor, served: &[ServedProjection<'_>], op: Op) -> Resul
     shaped.map(|(out, served)| tensor(out, (rows, served.weight.shape()[0]))).collect()
 }
 
-/// Bytes and operations of a product.
-fn work(weight: &PackedWeight, rows: usize) -> (usize, usize) {
-    (weight.num_bytes(), 2 * rows * weight.shape().iter().product::<usize>())
-}
-
-/// Products and additions in one. What time the additions take within a product counts as theirs.
-fn with_adapters(
+fn add(
     x: &[f32],
-    in_features: usize,
     served: &[ServedProjection<'_>],
     biases: &[Option<Vec<f32>>],
     outputs: &mut [Vec<f32>],
-    op: Op,
 ) {
-    let timer = time(Op::Lora).work(|| {
+    let _time = time(Op::Lora).work(|| {
         let parts = served.iter().flat_map(|served| &served.parts);
         parts.map(|(rows, part)| part.work(rows.len())).fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1))
     });
-    let targets = served.iter().zip(biases).map(|(served, bias)| LoraTarget {
+    let targets = served.iter().zip(biases).zip(outputs).map(|((served, bias), out)| LoraOutput {
+        out,
         out_features: served.weight.shape()[0],
         bias: bias.as_deref(),
         segments: served.parts.iter().map(|(rows, part)| part.segment(rows.clone())).collect(),
     });
-    let additions = Additions::new(best(), x, in_features, targets.collect());
-    drop(timer);
-    for (index, (served, out)) in served.iter().zip(outputs).enumerate() {
-        let timer =
-            time(op).work(|| work(served.weight, x.len().checked_div(in_features).unwrap_or(0)));
-        let aside = additions.product(index, served.weight, out);
-        drop(timer);
-        profile::shift(op, Op::Lora, aside);
-    }
-    let _time = time(Op::Lora);
-    additions.finish();
+    let in_features = served[0].weight.shape()[1];
+    add_loras(best(), x, in_features, &mut targets.collect::<Vec<_>>());
 }

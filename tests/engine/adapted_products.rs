@@ -1,12 +1,11 @@
-//! Products to which adapters add while they are computed give the bits of one after the other: of a product,
-//! then of each adapter's addition.
+//! What many adapters add to products of the same rows at once has the bits of one after the other.
 
 use crate::WEIGHT_FORMS;
 use proptest::prelude::*;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tunesmith::kernels::{
-    Additions, Kernels, LoraSegment, LoraTarget, PackedWeight, WeightForm, add_lora, all,
+    Kernels, LoraOutput, LoraSegment, PackedWeight, WeightForm, add_lora, add_loras, all,
 };
 
 fn random(rng: &mut ChaCha8Rng, count: usize) -> Vec<f32> {
@@ -93,16 +92,16 @@ fn together(
     let rows = x.len() / k;
     let mut outputs: Vec<Vec<f32>> =
         projections.iter().map(|p| vec![0.0; rows * p.weight.shape()[0]]).collect();
-    let targets = projections.iter().map(|projection| LoraTarget {
+    for (projection, out) in projections.iter().zip(&mut outputs) {
+        projection.weight.linear(table, x, projection.bias.as_deref(), out);
+    }
+    let targets = projections.iter().zip(&mut outputs).map(|(projection, out)| LoraOutput {
+        out,
         out_features: projection.weight.shape()[0],
         bias: projection.bias.as_deref(),
         segments: projection.segments(counts),
     });
-    let additions = Additions::new(table, x, k, targets.collect());
-    for (index, (projection, out)) in projections.iter().zip(&mut outputs).enumerate() {
-        additions.product(index, &projection.weight, out);
-    }
-    additions.finish();
+    add_loras(table, x, k, &mut targets.collect::<Vec<_>>());
     outputs
 }
 
@@ -110,7 +109,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
 
     #[test]
-    fn additions_between_the_tiles_of_products_give_the_bits_of_one_after_the_other(
+    fn additions_to_several_products_at_once_give_the_bits_of_one_after_the_other(
         counts in prop::collection::vec(0_usize..25, 1..6),
         columns in prop::collection::vec(1_usize..700, 1..4),
         ranks in prop::collection::vec(1_usize..40, 6),

@@ -6,9 +6,9 @@ use half::bf16;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tunesmith::kernels::{
-    Additions, AttentionBackward, AttentionForward, AttentionShape, KvForm, KvPanel, KvPanelMut,
-    KvPanels, KvSide, LANES, LoraSegment, LoraTarget, MatmulJob, PackedWeight, QuerySpan,
-    RmsNormGradient, WeightForm, add_lora, all,
+    AttentionBackward, AttentionForward, AttentionShape, KvForm, KvPanel, KvPanelMut, KvPanels,
+    KvSide, LANES, LoraOutput, LoraSegment, MatmulJob, PackedWeight, QuerySpan, RmsNormGradient,
+    WeightForm, add_lora, add_loras, all,
 };
 
 fn random(rng: &mut ChaCha8Rng, count: usize) -> Vec<f32> {
@@ -86,11 +86,9 @@ fn products_touch_nothing_beside_their_buffers() {
                     LoraSegment { rows: 0..rows, a: &a, b: &b, scale: 1.0, factors: None };
                 add_lora(table, x.slice(), std::slice::from_ref(&segment), (k, n), y.slice());
                 let segments = vec![LoraSegment { factors: Some(factors.slice()), ..segment }];
-                let target = LoraTarget { out_features: n, bias: Some(bias.slice()), segments };
-                let additions = Additions::new(table, x.slice(), k, vec![target]);
-                let weight = PackedWeight::from_f32(WeightForm::Bf16, w.slice(), k);
-                additions.product(0, &weight, y.slice());
-                additions.finish();
+                let (out, bias) = (y.slice(), Some(&*bias.slice()));
+                let mut outputs = [LoraOutput { out, out_features: n, bias, segments }];
+                add_loras(table, x.slice(), k, &mut outputs);
                 tunesmith::kernels::linear(table, x.slice(), w.slice(), k, y.slice());
                 tunesmith::kernels::input_gradient(table, y.slice(), w.slice(), k, dx.slice());
                 let (a_strides, shape) = ((k, 1), (rows, k, 1));

@@ -241,7 +241,7 @@ proptest! {
             let mut alone = together.clone();
             let mut all_outputs = Vec::new();
             for ((out, (n, _)), (_, of_output)) in together.iter_mut().zip(&outputs).zip(&adapters) {
-                all_outputs.push(LoraOutput { out, out_features: *n, segments: adapted(&counts, of_output) });
+                all_outputs.push(LoraOutput { out, out_features: *n, bias: None, segments: adapted(&counts, of_output) });
             }
             pool.install(|| add_loras(table, &x, k, &mut all_outputs));
             for ((out, (n, _)), (_, of_output)) in alone.iter_mut().zip(&outputs).zip(&adapters) {
