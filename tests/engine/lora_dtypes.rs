@@ -54,8 +54,9 @@ fn changed(folder: &Path, to: &Path, change: impl Fn(f32) -> f32) -> PathBuf {
 /// What a server says of each token, and under which fingerprint.
 fn answer(folder: &Path, dtype: &str) -> (Value, String, Server) {
     let given = format!("tuned={}", folder.display());
-    let server =
-        Server::start(&fixture("tiny-llama"), &["--adapter", &given, "--lora-dtype", dtype]);
+    let root = folder.parent().unwrap().to_str().unwrap();
+    let args = ["--adapter", &given, "--adapter-root", root, "--lora-dtype", dtype];
+    let server = Server::start(&fixture("tiny-llama"), &args);
     let body = chat("tuned", "one two three", json!({"logprobs": true}));
     let (cold, cached) = (server.chat(&body), server.chat(&body));
     assert_eq!(cold["choices"], cached["choices"], "{dtype}");
