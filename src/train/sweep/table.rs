@@ -11,7 +11,7 @@ use crate::train::TrainError;
 /// What a candidate came to.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct SweepRow {
-    /// Its folder in [`sweep_dir`].
+    /// Its folder in [`sweep_dir`](super::sweep_dir).
     pub name: String,
     /// The settings that are its own.
     pub settings: Map<String, Value>,
