@@ -192,14 +192,7 @@ impl Served {
 
     /// That training and serving say the same.
     fn examination(&self, candidate: &Candidate<'_>) -> anyhow::Result<Examination> {
-        let parity = self.parity(candidate.scored)?;
-        let Parity { max_difference, num_tokens } = parity;
-        ensure!(
-            parity.is_close(KvDtype::F32, LoraDtype::Auto),
-            "served log-probabilities differ from training by up to {max_difference:.1e} over \
-             {num_tokens} tokens, more than {:.0e}",
-            Parity::tolerance(KvDtype::F32, LoraDtype::Auto)
-        );
+        let Parity { max_difference, num_tokens } = close(self.parity(candidate.scored)?)?;
         let max_difference = (num_tokens > 0).then_some(max_difference);
         Ok(Examination { max_difference, num_tokens, ..Examination::default() })
     }
@@ -216,6 +209,18 @@ impl Served {
     }
 }
 
+/// Refuses a difference that rounding does not explain.
+fn close(parity: Parity) -> anyhow::Result<Parity> {
+    let Parity { max_difference, num_tokens } = parity;
+    ensure!(
+        parity.is_close(KvDtype::F32, LoraDtype::Auto),
+        "served log-probabilities differ from training by up to {max_difference:.1e} over \
+         {num_tokens} tokens, more than {:.0e}",
+        Parity::tolerance(KvDtype::F32, LoraDtype::Auto)
+    );
+    Ok(parity)
+}
+
 /// An engine over `decoder`, with a cache that is no larger than the longest rows and their answers can fill.
 fn engine_over(decoder: &Arc<Decoder>, candidate: &Candidate<'_>) -> anyhow::Result<EngineHandle> {
     let mut config = EngineConfig::for_model(decoder.config(), MAX_NUM_SEQS, KV_CACHE_BYTES);
@@ -225,4 +230,19 @@ fn engine_over(decoder: &Arc<Decoder>, candidate: &Candidate<'_>) -> anyhow::Res
     let useful = MAX_NUM_SEQS * longest.div_ceil(config.block_size);
     config.num_blocks = config.num_blocks.min(useful);
     Ok(engine::spawn(Arc::clone(decoder), config)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_served_may_differ_from_what_was_trained_by_rounding_and_no_more() {
+        let found = |max_difference| close(Parity { max_difference, num_tokens: 3 });
+        assert!(found(0.0).is_ok() && found(9e-4).is_ok());
+        for max_difference in [2e-3, f64::INFINITY, f64::NAN] {
+            let error = found(max_difference).expect_err("too different").to_string();
+            assert!(error.contains("over 3 tokens, more than 1e-3"), "{error}");
+        }
+    }
 }
